@@ -1,0 +1,104 @@
+"""Names in a config -> classes.
+
+A decorator is the one registration:
+
+    @MODELS.register("MITH")
+    class MITH(HashingModel): ...
+
+The flat package of a registry is imported at the first miss, so a new method is one new file and no edited one.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from common.errors import UserError
+
+T = TypeVar("T")
+
+
+def near_names(name: str, known: list[str]) -> str:
+    """`; did you mean 'a' or 'b'?` for names of `known` close to `name`, case ignored; empty if none is close."""
+    folded: dict[str, str] = {}
+    for candidate in known:
+        folded.setdefault(candidate.casefold(), candidate)
+    near = [folded[match] for match in difflib.get_close_matches(name.casefold(), list(folded), n=2, cutoff=0.6)]
+    return f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name. Names are unique ignoring case, since DNPH and DNpH are two different methods.
+
+    Args:
+        kind: What the names stand for, for messages: "model", "runner", ...
+        package: Flat package whose modules register such classes.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._classes: dict[str, T] = {}
+        self._failed: dict[str, str] = {}  # module -> why it could not be imported
+        self._scanned = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that registers a class under `name`.
+
+        Raises:
+            UserError: If the name is taken, also if it differs in case only.
+        """
+
+        def decorate(cls: T) -> T:
+            for taken, other in self._classes.items():
+                if taken.casefold() == name.casefold():
+                    place = getattr(other, "__module__", "?")
+                    raise UserError(f"{self.kind} name {name!r} is taken by {taken!r} of {place}; choose another name")
+            self._classes[name] = cls
+            return cls
+
+        return decorate
+
+    def get(self, name: str) -> T:
+        """The class registered under `name`.
+
+        Raises:
+            UserError: If there is none; lists near names, all names, and modules that could not be imported.
+        """
+        if name not in self._classes:
+            self._scan()
+        if name not in self._classes:
+            known = self.names()
+            failed = "".join(f"; {module} could not be imported: {why}" for module, why in self._failed.items())
+            raise UserError(
+                f"unknown {self.kind} {name!r}{near_names(name, known)} Registered: {', '.join(known)}{failed}"
+            )
+        return self._classes[name]
+
+    def names(self) -> list[str]:
+        """All registered names, sorted; imports the package."""
+        self._scan()
+        return sorted(self._classes, key=str.casefold)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Modules of the package that could not be imported, and why."""
+        return dict(self._failed)
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
+            try:
+                importlib.import_module(module.name)
+            except (ImportError, SyntaxError) as error:  # one broken sibling must not hide the others
+                self._failed[module.name] = str(error)
+
+
+MODELS: Registry[Any] = Registry("model", "models")
+RUNNERS: Registry[Any] = Registry("runner", "runners")
+DATASETS: Registry[Any] = Registry("dataset", "dataset")
+OPTIMIZERS: Registry[Any] = Registry("optimizer", "common")

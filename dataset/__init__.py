@@ -1,0 +1,1 @@
+"""Data sets of pictures, texts and labels: reading, splits, tokens, transforms, loaders."""

@@ -1,0 +1,1 @@
+"""One file per method, and the blocks that two or more share."""

@@ -1,0 +1,124 @@
+"""The contract every method keeps.
+
+Letters for shapes, the same everywhere: B rows of the global batch, N rows of a split, Q queries, D database items,
+C classes, K bits, L tokens, E embedding width.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from common.config import Section
+from common.types import Batch, DataInfo, Progress, StepOutput
+from models.clip import CLIP
+
+
+class ModelConfig(Section):
+    """The part of the YAML's `model:` section that every method has."""
+
+    name: str  # registered name of the method
+    bits: int = Field(gt=0)  # K, length of a code
+
+
+class ClipModelConfig(ModelConfig):
+    """`model:` section of a method on CLIP; the run opens the backbone that it names."""
+
+    backbone: str  # ViT-B/32 | ViT-B/16 | ViT-L/14, a weight file, or the config of a run that trains one
+
+
+ParamGroups = dict[str, dict[str, list[nn.Parameter]]]
+
+
+class HashingModel(nn.Module, ABC):
+    """A cross-modal hashing method: batch -> loss, and image or text -> code.
+
+    All state is parameters or persistent buffers, so that `.to(device)` moves it, the checkpoint holds it and a
+    resumed run is exact. The loss is that of the global batch: rows are gathered from all processes
+    (`utils.distributed`), then everything is computed as if on one device. Random draws use torch's global generator,
+    which the runner seeds alike on every process before every step.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+    fields: ClassVar[frozenset[str]]  # batch fields of training_step; what is not named is not handed over
+    image_fields: ClassVar[frozenset[str]] = frozenset({"image"})  # batch fields of encode_image
+    text_fields: ClassVar[frozenset[str]] = frozenset({"text"})  # batch fields of encode_text
+    optional_fields: ClassVar[frozenset[str]] = frozenset()  # of the above: handed over where a split has them
+    reference_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement), see import_reference
+
+    def __init__(self, config: ModelConfig, data: DataInfo) -> None:
+        """Builds modules, and buffers of final shape. Opens no file and moves nothing."""
+        super().__init__()
+        self.bits = config.bits
+
+    def prepare(self, data: DataInfo) -> None:  # noqa: B027 - most methods have nothing to prepare
+        """Fills parameters and buffers once per run, before the first step; not called when resuming."""
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        """`training_step`, under the name that DistributedDataParallel wraps."""
+        return self.training_step(batch, progress)
+
+    @abstractmethod
+    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
+        """Loss of the global batch; writes memory banks. `batch` holds this process's rows and the model's `fields`."""
+
+    @abstractmethod
+    def encode_image(self, batch: Batch) -> Tensor:
+        """Codes in {-1, +1} of the batch's `image_fields`, [B, sum(code_lengths)] float32. Changes no state."""
+
+    @abstractmethod
+    def encode_text(self, batch: Batch) -> Tensor:
+        """Codes in {-1, +1} of the batch's `text_fields`, [B, sum(code_lengths)] float32. Changes no state."""
+
+    @abstractmethod
+    def param_groups(self) -> ParamGroups:
+        """`{optimizer: {group: parameters}}`; the names equal those of the YAML's `optim:` section."""
+
+    @property
+    def code_lengths(self) -> tuple[int, ...]:
+        """Lengths of the codes that stand side by side in what the encoders return; the first is the headline."""
+        return (self.bits,)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Remarks that results must carry, such as 'database texts are encoded with their picture'."""
+        return ()
+
+    @classmethod
+    def import_reference(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Renames the entries of a state dict that the authors' code (or the unified peer) wrote to ours.
+
+        Works on any part of one, so gradients can be renamed too. Each name is rewritten by every pair of
+        `reference_names` whose pattern it matches, in order; an empty result drops the entry.
+
+        Args:
+            state: Tensors under the reference's key names, any shapes.
+
+        Returns:
+            The same tensors under this model's key names.
+        """
+        renamed: dict[str, Tensor] = {}
+        for name, value in state.items():
+            new = name
+            for pattern, replacement in cls.reference_names:
+                new = re.sub(pattern, replacement, new)
+            if new:
+                renamed[new] = value
+        return renamed
+
+
+class ClipHashingModel(HashingModel):
+    """A method whose features come from CLIP: holds `backbone` and loads its weights in `prepare`."""
+
+    def __init__(self, config: ClipModelConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        self.backbone = CLIP(data.clip.shape)
+        self.backbone.logit_scale.requires_grad_(False)  # hashing losses never use it; it would have no gradient
+
+    def prepare(self, data: DataInfo) -> None:
+        """Copies the pretrained weights into the backbone."""
+        if data.clip.weights is not None:
+            self.backbone.load_state_dict(dict(data.clip.weights))

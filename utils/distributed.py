@@ -1,0 +1,74 @@
+"""The border between one process and many. On one process everything here is the identity."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and talks to the terminal."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all processes, in rank order; gradients flow back to the process that gave the row.
+
+    Backward sums the gradients that all processes have for a row. With DistributedDataParallel's mean over processes
+    this gives exactly the gradients of one process on the global batch.
+
+    Args:
+        rows: This process's rows, [b, ...]; b may differ between processes and may be 0.
+
+    Returns:
+        All rows, [B, ...] with B the sum of all b.
+    """
+    if world_size() == 1:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather of rows of uneven number; backward sums over processes and takes the own slice."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:  # type: ignore[override]
+        count = torch.tensor([rows.shape[0]], device=rows.device)
+        counts = [torch.zeros_like(count) for _ in range(world_size())]
+        dist.all_gather(counts, count)
+        sizes = [int(c) for c in counts]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        ctx.start, ctx.stop = sum(sizes[: rank()]), sum(sizes[: rank() + 1])  # type: ignore[attr-defined]
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share it
+        dist.all_reduce(gradient)
+        return gradient[ctx.start : ctx.stop]  # type: ignore[attr-defined]
