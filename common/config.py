@@ -1,7 +1,8 @@
 """Configuration: YAML layers -> overrides -> strict schemas, with the origin of every value.
 
-A file names its parents in `base: [..]` (paths relative to the file); sections merge, scalars and lists replace; `key=value`
-of the command line comes last. Values live in YAML only; types, meaning and ranges live in the schemas only.
+A file names its parents in `base: [..]` (paths relative to the file); sections merge, scalars and lists replace;
+`key=value` of the command line comes last. Values live in YAML only; types, meaning and ranges live in the schemas
+only.
 """
 
 import re
@@ -231,14 +232,14 @@ def _place(key: str, origins: Mapping[str, str]) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------------------------- YAML layers
+# ---------------------------------------------------------------------------------------------- YAML layers
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars (1e-5 is a number, `no` is a word) and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for number, key in enumerate(keys):
             if key in keys[:number]:
                 mark = node.value[number][0].start_mark
@@ -253,14 +254,14 @@ for _tag, _pattern, _first in (
     ("float", r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", "-+.0123456789"),
     ("null", r"^(null|~|)$", ["n", "~", ""]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))  # type: ignore[no-untyped-call]
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node))  # YAML 1.1 would read 010 as eight
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)  # type: ignore[no-untyped-call]
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def read_yaml(text: str, source: str) -> Any:

@@ -47,7 +47,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(rows)
     return gathered
 
 
@@ -55,7 +55,7 @@ class _GatherRows(torch.autograd.Function):
     """All-gather of rows of uneven number; backward sums over processes and takes the own slice."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
         count = torch.tensor([rows.shape[0]], device=rows.device)
         counts = [torch.zeros_like(count) for _ in range(world_size())]
         dist.all_gather(counts, count)
@@ -68,7 +68,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share it
         dist.all_reduce(gradient)
         return gradient[ctx.start : ctx.stop]  # type: ignore[attr-defined]
