@@ -1,0 +1,291 @@
+"""CLIP with vision-transformer towers: pooled features and features of every token.
+
+Modules carry the names of OpenAI's release, so that its state dict loads as it stands; everything is batch first.
+Read from the bottom of the tree to its root: attention, residual block, transformer, image tower, CLIP.
+
+Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
+https://arxiv.org/abs/2103.00020. Authors' code: https://github.com/openai/CLIP (MIT); none of it is used here.
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.types import ClipShape
+
+HEAD_WIDTH = 64  # of every CLIP that OpenAI released
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation at the precision of its weights, whatever the activations' is (eps 1e-5)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension of `x` [..., W]; returns [..., W] in the dtype of `x`."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """The activation of CLIP, `u * sigmoid(1.702 u)`; not torch's GELU."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Elementwise on `u` [...]; returns [...]."""
+        return F.silu(1.702 * u) / 1.702  # the same function, in one kernel that keeps one tensor for backward
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a joint in-projection: rows of queries, of keys, of values.
+
+    Initialised as torch's `nn.MultiheadAttention`: Xavier-uniform in-projection, biases 0.
+
+    Args:
+        width: W, a multiple of `heads`.
+        heads: Number of heads.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Attends over the tokens of each row.
+
+        Args:
+            x: Tokens, [B, L, W].
+            mask: True where a token (row) may look at a token (column); bool, broadcastable to [B, heads, L, L]. Every
+                row needs a True.
+            causal: Tokens look at themselves and at earlier ones only; without `mask`, since fused kernels know it.
+
+        Returns:
+            [B, L, W].
+        """
+        rows, length, width = x.shape
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        split = projected.view(rows, length, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)  # each [B, heads, L, W / heads]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class ResidualBlock(nn.Module):
+    """Pre-norm residual block of CLIP: `x + attention(LN(x))`, then `x + MLP(LN(x))` with a hidden width of 4 W.
+
+    Args:
+        width: W, a multiple of `heads`.
+        heads: Number of attention heads.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Tokens `x` [B, L, W] -> [B, L, W]; `mask` and `causal` as in `Attention`."""
+        x = x + self.attn(self.ln_1(x), mask, causal)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """A stack of residual blocks, with torch's default initialisation.
+
+    Args:
+        width: W, a multiple of `heads`.
+        layers: Number of blocks; 0 is the identity.
+        heads: Number of attention heads.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Tokens `x` [B, L, W] -> [B, L, W]; `mask` and `causal` as in `Attention`."""
+        for block in self.resblocks:
+            x = block(x, mask, causal)
+        return x
+
+
+class ImageTower(nn.Module):
+    """Vision transformer: patches, a class token before them, no mask.
+
+    Args:
+        shape: Sizes of the CLIP.
+    """
+
+    def __init__(self, shape: ClipShape) -> None:
+        super().__init__()
+        width, scale = shape.vision_width, shape.vision_width**-0.5
+        self.image_size = shape.image_size
+        self.conv1 = nn.Conv2d(3, width, shape.patch_size, stride=shape.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + shape.patches, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, shape.vision_layers, width // HEAD_WIDTH)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, shape.embed_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Pictures [B, 3, R, R] -> tokens before the last normalisation and projection, [B, 1+P, W]; class token first.
+
+        Raises:
+            UserError: If the pictures are not of the size that the tower was built for.
+        """
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            raise UserError(
+                f"pictures of {image.shape[-2]} x {image.shape[-1]} pixels for a CLIP of {self.image_size}: "
+                f"set the data set's image size to {self.image_size}, or choose a backbone of that size"
+            )
+        patches = self.conv1(image).flatten(2).transpose(1, 2)  # [B, P, W], the grid row by row
+        start = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        x = torch.cat([start, patches], dim=1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x))
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """Last normalisation and projection of tokens [..., W] into the joint space, [..., E]."""
+        return (self.ln_post(x) @ self.proj).to(self.proj.dtype)
+
+
+class CLIP(nn.Module):
+    """Image tower, text tower and their joint space. Features are not normalised; there is no dropout.
+
+    A new CLIP is initialised as OpenAI's, ready to be trained from scratch.
+
+    Args:
+        shape: Sizes of the towers; widths are multiples of 64.
+    """
+
+    def __init__(self, shape: ClipShape) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.text_width
+        self.visual = ImageTower(shape)
+        self.token_embedding = nn.Embedding(shape.vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.empty(shape.context_length, width))
+        self.transformer = Transformer(width, shape.text_layers, width // HEAD_WIDTH)
+        self.ln_final = LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._initialise_text()
+
+    def _initialise_text(self) -> None:
+        """Normal weights that shrink with depth, as in OpenAI's release; the image tower keeps torch's defaults."""
+        width = self.shape.text_width
+        residual = (width * 2 * self.shape.text_layers) ** -0.5 if self.shape.text_layers else 0.0
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for name, parameter in self.transformer.named_parameters():
+            if name.endswith("attn.in_proj_weight"):
+                nn.init.normal_(parameter, std=width**-0.5)
+            elif name.endswith(("attn.out_proj.weight", "mlp.c_proj.weight")):
+                nn.init.normal_(parameter, std=residual)
+            elif name.endswith("mlp.c_fc.weight"):
+                nn.init.normal_(parameter, std=(2 * width) ** -0.5)
+
+    def image_features(self, image: Tensor) -> Tensor:
+        """Pooled features of pictures.
+
+        Args:
+            image: Normalised pixels, [B, 3, R, R].
+
+        Returns:
+            The class token in the joint space, [B, E].
+
+        Raises:
+            UserError: If the pictures are not of the size R of `shape`.
+        """
+        return self.visual.project(self.visual(image)[:, 0])
+
+    def image_tokens(self, image: Tensor) -> Tensor:
+        """Features of every token of pictures; the last normalisation and projection apply to each.
+
+        Args:
+            image: Normalised pixels, [B, 3, R, R].
+
+        Returns:
+            [B, 1+P, E]; token 0 is what `image_features` returns, then the patches row by row.
+
+        Raises:
+            UserError: If the pictures are not of the size R of `shape`.
+        """
+        return self.visual.project(self.visual(image))
+
+    def text_features(self, ids: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Pooled features of texts.
+
+        Tokens behind the last end-of-text of the batch are not computed: no earlier token sees them.
+
+        Args:
+            ids: Token ids, [B, L] int64, L at most the context length.
+            key_padding_mask: True for tokens that no token may look at, [B, L] bool; see `text_tokens`.
+
+        Returns:
+            The feature at the first end-of-text, [B, E].
+
+        Raises:
+            UserError: If the texts are longer than the context.
+        """
+        if ids.numel() and not torch.compiler.is_compiling():  # a length that varies would compile anew
+            length = int(ids.argmax(dim=-1).max()) + 1
+            ids = ids[:, :length]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[:, :length]
+        return self._project_text(_at_end_of_text(self._text_tower(ids, key_padding_mask), ids))
+
+    def text_tokens(self, ids: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pooled features and features of every token of texts; the last normalisation and projection apply to each.
+
+        Args:
+            ids: Token ids, [B, L] int64, L at most the context length.
+            key_padding_mask: True for tokens that no token may look at, [B, L] bool, beside the causal mask. The first
+                token is never hidden, so that every token has something to look at. Behind end-of-text the mask
+                changes padding only; `ids == 0` also hides id 0 inside words, as the authors of MITH do.
+
+        Returns:
+            The feature at the first end-of-text, [B, E], and all tokens, [B, L, E], padding included.
+
+        Raises:
+            UserError: If the texts are longer than the context.
+        """
+        tokens = self._project_text(self._text_tower(ids, key_padding_mask))
+        return _at_end_of_text(tokens, ids), tokens
+
+    def _text_tower(self, ids: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """Ids [B, L] -> tokens before the last normalisation and projection, [B, L, W]."""
+        length = ids.shape[1]
+        if length > self.shape.context_length:
+            raise UserError(
+                f"texts of {length} tokens for a CLIP whose position table has {self.shape.context_length}: "
+                f"lower the data set's text length to {self.shape.context_length}"
+            )
+        x = self.token_embedding(ids) + self.positional_embedding[:length]
+        if key_padding_mask is None:
+            return self.transformer(x, causal=True)
+        visible = ~key_padding_mask
+        visible[:, 0] = True
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        return self.transformer(x, mask=causal & visible[:, None, None, :])  # [B, 1, L, L]
+
+    def _project_text(self, x: Tensor) -> Tensor:
+        """Last normalisation and projection of tokens [..., W] into the joint space, [..., E]."""
+        return (self.ln_final(x) @ self.text_projection).to(self.text_projection.dtype)
+
+
+def _at_end_of_text(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Of tokens [B, L, W], the one at the first end-of-text, which is the largest id: [B, W]."""
+    return tokens[torch.arange(ids.shape[0], device=ids.device), ids.argmax(dim=-1)]
