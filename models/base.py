@@ -48,6 +48,7 @@ class HashingModel(nn.Module, ABC):
     text_fields: ClassVar[frozenset[str]] = frozenset({"text"})  # batch fields of encode_text
     optional_fields: ClassVar[frozenset[str]] = frozenset()  # of the above: handed over where a split has them
     reference_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement), see import_reference
+    reference_lacks: ClassVar[tuple[str, ...]] = ()  # patterns of state for may_be_absent
 
     def __init__(self, config: ModelConfig, data: DataInfo) -> None:
         """Builds modules, and buffers of final shape. Opens no file and moves nothing."""
@@ -86,6 +87,11 @@ class HashingModel(nn.Module, ABC):
     def marks(self) -> tuple[str, ...]:
         """Remarks that results must carry, such as 'database texts are encoded with their picture'."""
         return ()
+
+    @classmethod
+    def may_be_absent(cls, name: str) -> bool:
+        """Whether a reference checkpoint may lack this entry of the state: training needs it, codes do not."""
+        return any(re.fullmatch(pattern, name) for pattern in cls.reference_lacks)
 
     @classmethod
     def import_reference(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
