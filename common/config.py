@@ -20,6 +20,12 @@ from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
 SECTIONS = ("model", "dataset", "optim", "run", "evaluate")
 Tree = dict[str, Any]
 
+# Keys that change where or how fast a run computes, but not what: they may differ when a run goes on.
+FREE_KEYS = frozenset(
+    f"run.{key}"
+    for key in ("save_dir", "cache_dir", "device", "distribute", "workers", "checkpoint_every", "keep_checkpoints")
+)
+
 
 class Section(BaseModel):
     """Base of all schemas: frozen, unknown keys refused, no conversion between types, no NaN."""
@@ -59,9 +65,8 @@ class RunConfig(Section):
     compile: bool  # torch.compile
     loader: Literal["memory", "workers"]  # pictures held as uint8 on the device, or read by worker processes
     workers: int = Field(ge=0)  # worker processes of the loader `workers`
-    checkpoint_every: (
-        Annotated[int, Field(gt=0)] | Annotated[str, StringConstraints(pattern=r"^[1-9]\d*m$")]
-    )  # steps, or "10m"
+    # steps, or minutes as in "10m"
+    checkpoint_every: Annotated[int, Field(gt=0)] | Annotated[str, StringConstraints(pattern=r"^[1-9]\d*m$")]
     keep_checkpoints: int = Field(gt=0)  # newest resumable checkpoints kept
 
 
@@ -70,12 +75,10 @@ class EvaluateConfig(Section):
 
     every: int = Field(gt=0)  # epochs between evaluations; the last epoch is always evaluated
     batch_size: int = Field(gt=0)  # rows encoded at a time
-    cutoffs: list[Literal["all"] | Annotated[int, Field(gt=0)]] = Field(
-        min_length=1
-    )  # k of mAP@k; the first is the headline
-    definitions: list[Literal["relevant", "top", "expected"]] = Field(
-        min_length=1
-    )  # see README, "How results are defined"
+    # k of mAP@k; the first is the headline
+    cutoffs: list[Literal["all"] | Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    # see README, "How results are defined"
+    definitions: list[Literal["relevant", "top", "expected"]] = Field(min_length=1)
     caption: Literal["random", "first"]  # of several captions: a seeded random one (as the papers), or the first
 
 
@@ -101,14 +104,19 @@ class Config:
     tree: Tree
     origins: dict[str, str]
 
+    @property
+    def run_folder(self) -> Path:
+        """`run.save_dir` with {model}, {dataset}, {bits} and {seed} filled in."""
+        names = {"model": self.model.name, "dataset": self.dataset.name, "bits": self.model.bits, "seed": self.run.seed}
+        try:
+            return Path(self.run.save_dir.format(**names))
+        except (KeyError, IndexError, ValueError):
+            known = ", ".join("{" + name + "}" for name in names)
+            raise UserError(f"run.save_dir: {self.run.save_dir!r} may hold no placeholder but {known}") from None
+
     def to_yaml(self) -> str:
         """One YAML text that alone reproduces this configuration."""
         return yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True)
-
-    def override(self, **values: Any) -> "Config":
-        """The same configuration with dotted keys (given with `__` for the dot) replaced, checked anew."""
-        overrides = [f"{key.replace('__', '.')}={_flow(value)}" for key, value in values.items()]
-        return build_config(_apply_overrides(self.tree, dict(self.origins), overrides), self.origins)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -126,16 +134,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     origins: dict[str, str] = {}
     tree = _read_layers(Path(path), origins, ())
-    return build_config(_apply_overrides(tree, origins, overrides or []), origins)
+    return build_config(tree, origins, overrides)
 
 
-def build_config(tree: Tree, origins: Mapping[str, str] | None = None) -> Config:
+def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides: list[str] | None = None) -> Config:
     """Checks a nested dict against the schemas of the sections and of the registered classes that it names.
+
+    Args:
+        tree: The sections, as nested dicts.
+        origins: Dotted key -> where its value came from, for messages.
+        overrides: Entries `section.key=value`, as in `load_config`.
 
     Raises:
         UserError: As `load_config`.
     """
     origins = dict(origins or {})
+    tree = _apply_overrides(tree, origins, overrides or [])
     errors: list[str] = [
         f"{key}: unknown section{near_names(key, list(SECTIONS))}{_place(key, origins)}"
         for key in tree
@@ -370,7 +384,3 @@ def flatten(tree: Tree) -> dict[str, Any]:
             node = node[part]
         flat[key] = node
     return flat
-
-
-def _flow(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**9).strip().removesuffix("...").strip()

@@ -46,7 +46,7 @@ class HashingModel(nn.Module, ABC):
     fields: ClassVar[frozenset[str]]  # batch fields of training_step; what is not named is not handed over
     image_fields: ClassVar[frozenset[str]] = frozenset({"image"})  # batch fields of encode_image
     text_fields: ClassVar[frozenset[str]] = frozenset({"text"})  # batch fields of encode_text
-    optional_fields: ClassVar[frozenset[str]] = frozenset()  # of the above: handed over where a split has them
+    optional_fields: ClassVar[frozenset[str]] = frozenset()  # of the above: those that a split may lack
     reference_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement), see import_reference
     reference_lacks: ClassVar[tuple[str, ...]] = ()  # patterns of state for may_be_absent
 

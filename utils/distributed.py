@@ -27,6 +27,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def from_main(flag: bool) -> bool:
+    """The first process's `flag`, on every process."""
+    return any_process(flag and is_main())
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -72,3 +77,13 @@ class _GatherRows(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share it
         dist.all_reduce(gradient)
         return gradient[ctx.start : ctx.stop]  # type: ignore[attr-defined]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true on any process; the same answer on all."""
+    if world_size() == 1:
+        return flag
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    votes = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(votes)
+    return bool(votes.item())

@@ -1,0 +1,180 @@
+"""Checkpoints: written whole or not at all, read without running anything, refused when they do not fit."""
+
+import json
+import logging
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from utils.files import atomic
+
+FORMAT = "cross-modal-hashing/1"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        meta: Plain JSON values: the resolved configuration and where the run stood; empty for another program's file.
+        model: State dict of the model, or of whatever model another program saved.
+        optimizers: Optimizer name -> its state dict; empty in a file that only serves evaluation.
+        path: The file.
+    """
+
+    meta: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    path: Path = Path()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this library wrote the file."""
+        return bool(self.meta)
+
+
+def save(
+    path: Path,
+    meta: Mapping[str, Any],
+    model: Mapping[str, Tensor],
+    optimizers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes a checkpoint atomically.
+
+    Args:
+        path: The file; its folder exists.
+        meta: JSON values.
+        model: The model's state dict.
+        optimizers: Optimizer name -> state dict, for a checkpoint that a run can go on from.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "meta": json.dumps(meta),
+        "model": dict(model),
+        "optimizers": {name: dict(state) for name, state in (optimizers or {}).items()},
+    }
+    with atomic(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's writer reports a full disk this way
+            raise OSError(str(error)) from None
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint of this library, or a state dict that another program saved, onto the CPU.
+
+    Nested dicts of tensors of another program are flattened with dots (`{"hash": {"w": t}}` -> `hash.w`).
+
+    Raises:
+        UserError: If the file is missing, damaged, holds anything but tensors and plain values, or no tensors at all.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} is not there; name a .pt or .pth file")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(
+                    f"checkpoint {path} is damaged (entry {damaged} fails its checksum); use an earlier one"
+                )
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises anything from RuntimeError to UnpicklingError on a broken file
+        reason = str(error)
+        if "Unsupported" in reason or "WeightsUnpickler" in reason or "GLOBAL" in reason:
+            raise UserError(
+                f"checkpoint {path} holds more than tensors and plain values, so it is not loaded: that could run code "
+                "of its author; save a plain state dict instead"
+            ) from None
+        raise UserError(f"checkpoint {path} cannot be read: truncated, or no checkpoint; use another one") from None
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        return Checkpoint(json.loads(content["meta"]), content["model"], content["optimizers"], path)
+    state = dict(_flatten(content)) if isinstance(content, Mapping) else {}
+    if not state:
+        raise UserError(f"checkpoint {path} holds no tensors by name; it must be a state dict")
+    return Checkpoint({}, state, path=path)
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+class Checkpoints:
+    """The resumable checkpoints of a run: `step-00000120.pt`, ..., the newest `keep` of them.
+
+    Args:
+        folder: Where they lie; created at the first save.
+        keep: How many are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """The files, oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def save(
+        self,
+        step: int,
+        meta: Mapping[str, Any],
+        model: Mapping[str, Tensor],
+        optimizers: Mapping[str, Mapping[str, Any]],
+    ) -> Path:
+        """Writes the state after `step` steps and removes those beyond the newest `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        save(path, meta, model, optimizers)
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def newest(self) -> Checkpoint | None:
+        """The newest readable checkpoint; damaged newer ones are named in a warning and passed over."""
+        for path in reversed(self.paths()):
+            try:
+                return load(path)
+            except UserError as error:
+                logger.warning("%s; going back to the one before", error)
+        return None
+
+
+def require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], place: str) -> None:
+    """Refuses to go on from a checkpoint whose configuration differs, with every differing key.
+
+    Args:
+        ours: Dotted key -> value of the present configuration.
+        theirs: Dotted key -> value of the checkpoint's.
+        place: The checkpoint, for the message.
+
+    Raises:
+        UserError: If any key differs.
+    """
+    absent = "(absent)"
+    differing = [
+        f"{key}: {theirs.get(key, absent)!r} there, {ours.get(key, absent)!r} now"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key, absent) != theirs.get(key, absent)
+    ]
+    if differing:
+        raise UserError(
+            f"{place} was written under another configuration ({'; '.join(differing)}); "
+            "give these keys the same values, or start a new run with another --save-dir"
+        )

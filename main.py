@@ -1,0 +1,135 @@
+"""Train or evaluate a cross-modal hashing method.
+
+This file parses the command line, builds the runner and runs it; README.md shows the commands.
+"""
+
+import argparse
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+
+from common.checkpoint import load
+from common.config import Config, build_config, flatten, load_config
+from common.errors import UserError
+from common.registry import DATASETS, MODELS, RUNNERS
+from utils import launch
+from utils.logging import say, setup_logging, table
+from utils.signals import Interrupted
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(
+        prog="main.py", description="Train or evaluate a cross-modal hashing method on CLIP.", allow_abbrev=False
+    )
+    parser.add_argument("--config-file", type=Path, help="YAML of the run, e.g. configs/MITH/config.yaml")
+    parser.add_argument("--save-dir", help="folder of the run (run.save_dir)")
+    parser.add_argument("--device", help="auto, cpu, cuda, GPU numbers such as 0,1, or cpu:2 (run.device)")
+    parser.add_argument("--distribute", action="store_true", help="one process per device of --device")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that lies in the folder")
+    parser.add_argument(
+        "--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint, ours or the authors'"
+    )
+    parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
+                        help="Python file that registers a method, runner or data set of your own")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="list methods, runners and data sets")
+    parser.add_argument("--print-config", action="store_true", help="print every value and where it came from")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.bits=64 run.epochs=10")
+    return parser.parse_intermixed_args(arguments)
+
+
+def import_file(path: Path) -> None:
+    """Runs a user's Python file, so that its decorators register what it defines."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--import {path}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"--import {path}: {type(error).__name__}: {error} ({line.filename}, line {line.lineno})"
+        ) from None
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The configuration that the options ask for; that of the run or of the checkpoint where no file is named."""
+    flags = {"save_dir": options.save_dir, "device": options.device, "distribute": options.distribute or None}
+    overrides = options.overrides + [f"run.{key}={value}".lower() if key == "distribute" else f"run.{key}={value}"
+                                     for key, value in flags.items() if value is not None]  # fmt: skip
+    if options.config_file is not None:
+        return load_config(options.config_file, overrides)
+    if options.resume and options.save_dir is not None:
+        return load_config(Path(options.save_dir) / "config.yaml", overrides)
+    if options.evaluate is not None:
+        checkpoint = load(options.evaluate)
+        if checkpoint.is_ours:
+            return build_config(checkpoint.meta["config"], overrides=overrides)
+    raise UserError("no configuration: name one with --config-file, e.g. --config-file configs/MITH/config.yaml")
+
+
+def list_registered() -> str:
+    """All registered names with the first line of their documentation."""
+    rows = [["kind", "name", "what it is"]]
+    for registry in (MODELS, RUNNERS, DATASETS):
+        rows += [[registry.kind, name, (registry.get(name).__doc__ or "").split("\n")[0]] for name in registry.names()]
+        rows += [[registry.kind, module, f"could not be imported: {why}"] for module, why in registry.failed.items()]
+    return table(rows)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what the options ask for; returns the exit code."""
+    for path in options.imports:
+        import_file(path)
+    if options.list:
+        say(list_registered())
+        return 0
+    config = read_config(options)
+    if options.print_config:
+        rows = [[key, str(value), config.origins.get(key, "")] for key, value in flatten(config.tree).items()]
+        say(table([["key", "value", "from"], *rows]))
+        return 0
+    if config.run.distribute and not launch.in_group():
+        count = len(launch.devices(config.run.device))
+        if count == 1:
+            raise UserError(f"--distribute needs several devices, but {config.run.device} is one; e.g. --device 0,1")
+        return launch.launch(count)
+    if launch.in_group():
+        launch.join(config.run.device)
+    runner = RUNNERS.get(config.run.runner)(config)
+    runner.setup(resume=options.resume or launch.restarted(), evaluate=options.evaluate)
+    runner.run()
+    return 0
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code: 0, 2 for the user's mistakes, 75 or 130 when it can go on."""
+    setup_logging()
+    try:
+        return run(parse_arguments())
+    except UserError as error:
+        if launch.first_to_fail():
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    except Interrupted as stop:
+        if launch.first_to_fail():
+            sys.stderr.write(f"{stop}\n")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted before training began; run the same command again\n")
+        return 130
+    except Exception:
+        if launch.first_to_fail():
+            traceback.print_exc()
+        return 1
+    finally:
+        launch.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

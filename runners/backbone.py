@@ -1,0 +1,96 @@
+"""Where a method's CLIP comes from: a public weight file, a file of the user's, or a run of this library."""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from common.config import FREE_KEYS, Config, build_config, flatten, load_config
+from common.errors import UserError
+from common.registry import RUNNERS
+from common.types import Backbone
+from models.clip_pretraining import export_clip
+from models.clip_weights import open_backbone, read_clip, write_clip
+from utils.distributed import barrier, from_main, is_main
+from utils.files import FolderLock, make_folder
+from utils.signals import Interrupted
+
+logger = logging.getLogger(__name__)
+
+
+def find_backbone(config: Config) -> Backbone:
+    """The CLIP that `model.backbone` names, with its weights.
+
+    Args:
+        config: The run's configuration. `model.backbone` is a public name (ViT-B/32), a weight file, or the YAML of a
+            run that trains a CLIP; that run is made now if its result is not in the cache.
+
+    Raises:
+        UserError: If the weights cannot be had.
+    """
+    name = config.model.backbone
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return _trained_backbone(name, config)
+    if is_main():
+        open_backbone(name, config.run.cache_dir)  # one process downloads
+    barrier()
+    return open_backbone(name, config.run.cache_dir)
+
+
+def _trained_backbone(name: str, config: Config) -> Backbone:
+    recipe = _recipe(name, config)
+    folder = _cache_folder(recipe, config)
+    weights = folder / "weights.safetensors"
+    lock = None
+    if is_main():
+        make_folder(folder, "run.cache_dir")
+        lock = FolderLock(folder)
+        if not lock.acquire(wait=False):
+            logger.info("another process is training the backbone %s; waiting for it", name)
+            lock.acquire(wait=True)
+    if not from_main(weights.exists()):
+        logger.info("backbone %s is not in the cache; training it now, once, into %s", name, weights)
+        _train(_moved(recipe, folder / "run"), weights, config)
+    if lock is not None:
+        lock.release()
+    barrier()
+    return read_clip(weights)
+
+
+def _recipe(name: str, config: Config) -> Config:
+    """The backbone's own configuration; on the run's data set with the run's split, computed where the run is."""
+    recipe = load_config(name)
+    if "backbone" in type(recipe.model).model_fields:
+        raise UserError(f"model.backbone: {name} trains {recipe.model.name}, which needs a backbone itself")
+    tree = recipe.tree
+    if tree["dataset"]["name"] == config.dataset.name:  # the queries of the run must stay unseen
+        tree = {**tree, "dataset": config.tree["dataset"]}
+    places = {key: getattr(config.run, key) for key in ("device", "distribute", "cache_dir")}
+    return build_config({**tree, "run": {**tree["run"], **places}}, recipe.origins)
+
+
+def _cache_folder(recipe: Config, config: Config) -> Path:
+    """A folder of its own for every recipe that would give other weights."""
+    values = {key: value for key, value in flatten(recipe.tree).items() if key not in FREE_KEYS}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(config.run.cache_dir) / "backbones" / f"{recipe.model.name}-{recipe.dataset.name}-{digest}"
+
+
+def _moved(recipe: Config, folder: Path) -> Config:
+    return build_config({**recipe.tree, "run": {**recipe.tree["run"], "save_dir": str(folder)}}, recipe.origins)
+
+
+def _train(recipe: Config, weights: Path, config: Config) -> None:
+    """Runs the recipe, going on where an earlier process stopped, and writes its last weights."""
+    runner = RUNNERS.get(recipe.run.runner)(recipe)
+    try:
+        runner.setup(resume=True)
+        runner.run()
+    except Interrupted as stop:
+        raise Interrupted(stop.number, 0, config.run_folder) from None
+    if is_main():
+        metadata = {"source": f"trained on {recipe.dataset.name}, split {runner.dataset.splits.fingerprint}"}
+        write_clip(weights, export_clip(runner.model), metadata)
+        shutil.rmtree(runner.checkpoints.folder)
+        runner.lock.release()

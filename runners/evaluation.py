@@ -1,0 +1,145 @@
+"""From a model and two splits to codes, and from codes to retrieval numbers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.io
+import torch
+from torch import Tensor
+
+from common.config import EvaluateConfig
+from common.metrics import retrieval_report
+from dataset.loader import Loader
+from models.base import HashingModel
+from utils.distributed import gather_rows
+from utils.files import atomic
+from utils.logging import progress
+
+DIRECTIONS = {"i2t": ("image", "text"), "t2i": ("text", "image"), "i2i": ("image", "image"), "t2t": ("text", "text")}
+
+
+@dataclass(frozen=True)
+class SplitCodes:
+    """Codes of every row of a split, in the split's order.
+
+    Attributes:
+        image: Codes of the pictures, [N, K] int8 in {-1, +1}.
+        text: Codes of the texts, [N, K] int8.
+        labels: Multi-hot labels, [N, C] bool.
+    """
+
+    image: Tensor
+    text: Tensor
+    labels: Tensor
+
+    def columns(self, start: int, stop: int) -> "SplitCodes":
+        """The same rows with the bits `start` to `stop` of every code."""
+        return SplitCodes(self.image[:, start:stop], self.text[:, start:stop], self.labels)
+
+
+@torch.no_grad()
+def encode_split(
+    model: HashingModel, loader: Loader, labels: Tensor, autocast: Callable[[], Any], check: Callable[[], None]
+) -> SplitCodes:
+    """Encodes every row of a split once, over all processes.
+
+    Args:
+        model: The method; its image codes see only `image_fields`, its text codes only `text_fields`.
+        loader: The split's loader.
+        labels: The split's labels, [N, C] bool, in the split's order.
+        autocast: Makes the precision's context.
+        check: Called before every batch; raises to stop.
+
+    Returns:
+        Codes on the CPU, the same on every process.
+
+    Raises:
+        RuntimeError: If a row came twice or never, or a code is not +-1.
+    """
+    was_training = model.training
+    model.eval()
+    index, image, text = [], [], []
+    for batch in progress(loader.once(), desc=f"encode {loader.split}", unit="batch", leave=False, total=None):
+        check()
+        with autocast():
+            index.append(batch["index"])
+            image.append(model.encode_image(batch.only(model.image_fields)).to(torch.int8))
+            text.append(model.encode_text(batch.only(model.text_fields)).to(torch.int8))
+    model.train(was_training)
+    order = gather_rows(torch.cat(index)).cpu()
+    if not torch.equal(order.sort().values, torch.arange(len(labels))):
+        raise RuntimeError(f"{loader.split}: {len(order)} rows were encoded for {len(labels)}; each must come once")
+    codes = []
+    for parts in (image, text):
+        rows = gather_rows(torch.cat(parts)).cpu()
+        if not bool((rows.abs() == 1).all()):
+            raise RuntimeError(f"{type(model).__name__} returned codes other than -1 and +1")
+        codes.append(torch.empty_like(rows).index_copy_(0, order, rows))
+    return SplitCodes(codes[0], codes[1], labels)
+
+
+def evaluate_codes(
+    query: SplitCodes, database: SplitCodes, lengths: tuple[int, ...], config: EvaluateConfig, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Retrieval numbers of all four directions, for every code length.
+
+    Args:
+        query: Codes of the query split.
+        database: Codes of the database split.
+        lengths: Lengths of the codes that stand side by side in the columns.
+        config: Cutoffs and definitions.
+        device: Where to rank.
+
+    Returns:
+        `{"16": {"i2t/mAP@all": 0.71, ...}, ...}` by code length.
+    """
+    reports: dict[str, dict[str, float]] = {}
+    start = 0
+    for bits in lengths:
+        q, d = query.columns(start, start + bits), database.columns(start, start + bits)
+        start += bits
+        numbers: dict[str, float] = {}
+        for direction, (asks, answers) in DIRECTIONS.items():
+            report = retrieval_report(
+                getattr(q, asks).to(device),
+                getattr(d, answers).to(device),
+                q.labels.to(device),
+                d.labels.to(device),
+                cutoffs=config.cutoffs,
+                definitions=config.definitions,
+            )
+            numbers.update({f"{direction}/{name}": value for name, value in report.items()})
+        reports[str(bits)] = numbers
+    return reports
+
+
+def save_codes(folder: Path, name: str, query: SplitCodes, database: SplitCodes) -> list[Path]:
+    """Writes codes and labels as `<name>.npz` and, with the peers' key names, as `<name>.mat`.
+
+    Args:
+        folder: The run's folder.
+        name: File name without suffix.
+        query: Codes of the query split.
+        database: Codes of the database split.
+
+    Returns:
+        The two paths.
+    """
+    arrays = {
+        "q_img": query.image,
+        "q_txt": query.text,
+        "r_img": database.image,
+        "r_txt": database.text,
+        "q_l": query.labels,
+        "r_l": database.labels,
+    }
+    small = {key: value.numpy().astype(np.int8) for key, value in arrays.items()}
+    paths = [folder / f"{name}.npz", folder / f"{name}.mat"]
+    with atomic(paths[0]) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **small)
+    with atomic(paths[1]) as temporary, open(temporary, "wb") as file:
+        scipy.io.savemat(file, {key: value.astype(np.float32) for key, value in small.items()}, do_compression=True)
+    return paths

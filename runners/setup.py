@@ -1,0 +1,209 @@
+"""What stands between a checked configuration and the first step: folder, data, model, weights, all guarded."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import Checkpoint, require_same
+from common.config import FREE_KEYS, Config, flatten
+from common.errors import UserError
+from common.registry import DATASETS, MODELS
+from common.types import Backbone, DataInfo
+from dataset.base import PairedDataset
+from models.base import ClipModelConfig, HashingModel
+from models.clip_weights import shape_of
+from runners.backbone import find_backbone
+from utils.distributed import barrier, is_main
+from utils.files import FolderLock, make_folder
+
+logger = logging.getLogger(__name__)
+
+
+def claim_folder(folder: Path, resume: bool) -> FolderLock:
+    """Makes a folder this process's own for one run.
+
+    Args:
+        folder: The run's folder, created if need be.
+        resume: Whether a run that lies there may be continued.
+
+    Returns:
+        The lock, held until its release or the process's end.
+
+    Raises:
+        UserError: If the folder cannot be written, is in use, or holds a run that is not to be continued.
+    """
+    make_folder(folder, "--save-dir")
+    lock = FolderLock(folder)
+    if not lock.acquire(wait=False):
+        raise UserError(f"another process is working in {folder}; wait for it, or choose another --save-dir")
+    if (folder / "config.yaml").exists() and not resume:
+        state = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
+        raise UserError(f"{folder} holds {state}: continue it with --resume, or choose another folder with --save-dir")
+    return lock
+
+
+def open_dataset(config: Config) -> PairedDataset:
+    """Opens and checks the data set, which makes itself first where it can and is not there.
+
+    Raises:
+        UserError: If files are missing, broken or do not agree.
+    """
+    cls: type[PairedDataset] = DATASETS.get(config.dataset.type)
+    if is_main():
+        cls.ensure(config.dataset)
+    barrier()
+    dataset = cls(config.dataset)
+    splits = dataset.splits
+    logger.info(
+        "%s: %d pairs, %d labels; %d query, %d train, %d database (split %s)",
+        config.dataset.name,
+        len(dataset),
+        dataset.labels.shape[1],
+        len(splits.query),
+        len(splits.train),
+        len(splits.database),
+        splits.fingerprint,
+    )
+    return dataset
+
+
+def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) -> None:
+    """Refuses to go on from a checkpoint of other settings or other data, with every differing key.
+
+    Raises:
+        UserError: As said.
+    """
+    if not loaded.is_ours or not loaded.optimizers:
+        raise UserError(f"checkpoint {loaded.path} holds no optimizer state, so a run cannot go on from it")
+    ours, theirs = flatten(config.tree), flatten(loaded.meta["config"])
+    require_same(
+        {key: value for key, value in ours.items() if key not in FREE_KEYS},
+        {key: value for key, value in theirs.items() if key not in FREE_KEYS},
+        f"checkpoint {loaded.path}",
+    )
+    if loaded.meta["split"] != dataset.splits.fingerprint:
+        raise UserError(
+            f"checkpoint {loaded.path} was trained on split {loaded.meta['split']}, but the files of "
+            f"{config.dataset.name} now give {dataset.splits.fingerprint}: restore them, or start a new run"
+        )
+
+
+def build_model(
+    config: Config, dataset: PairedDataset, loaded: Checkpoint | None, device: torch.device
+) -> HashingModel:
+    """The model on its device: prepared afresh, or with the weights of a checkpoint.
+
+    Args:
+        config: The configuration.
+        dataset: The open data set.
+        loaded: A checkpoint of this library, or a state dict that the authors' code wrote; None to start afresh.
+        device: Where the model goes.
+
+    Raises:
+        UserError: If the data lack a field that the method needs, or the checkpoint does not fit the model.
+    """
+    cls: type[HashingModel] = MODELS.get(config.model.name)
+    _check_fields(cls, config, dataset)
+    state: dict[str, Tensor] = {}
+    if loaded is not None:
+        state = loaded.model if loaded.is_ours else cls.import_reference(loaded.model)
+        theirs = loaded.meta["config"]["model"]["name"] if loaded.is_ours else config.model.name
+        if theirs != config.model.name:
+            raise UserError(
+                f"checkpoint {loaded.path} is of {theirs}, not of {config.model.name}; give a config of {theirs}"
+            )
+    data = _data_info(cls, config, dataset, state)
+    model = cls(config.model, data)
+    if loaded is None or not loaded.is_ours:
+        model.prepare(data)
+    if loaded is not None:
+        _load(model, state, loaded)
+    return model.to(device)
+
+
+def _check_fields(cls: type[HashingModel], config: Config, dataset: PairedDataset) -> None:
+    encoded = (cls.image_fields | cls.text_fields) - cls.optional_fields
+    for split, needed in (("train", cls.fields - cls.optional_fields), ("query", encoded), ("database", encoded)):
+        offered = dataset.offers(split)
+        missing = sorted(needed - offered.keys())
+        if missing:
+            raise UserError(
+                f"{config.model.name} needs {', '.join(missing)}, which {config.dataset.name} does not offer in its "
+                f"{split} split (only {', '.join(sorted(offered))}); data/README.md says which file holds what"
+            )
+
+
+def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, state: dict[str, Tensor]) -> DataInfo:
+    """What the model may know before the first batch; labels only if it names them."""
+    fields = cls.fields | cls.image_fields | cls.text_fields
+    backbone = None
+    if isinstance(config.model, ClipModelConfig):
+        prefix = "backbone."
+        towers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        backbone = Backbone(shape_of(towers), None, "the checkpoint") if towers else find_backbone(config)
+        _check_sizes(backbone, dataset, config)
+    return DataInfo(
+        num_train=len(dataset.splits.train),
+        field_shapes={name: shape for name, shape in dataset.offers("train").items() if name in fields},
+        train_labels=dataset.labels[dataset.splits.train].float() if "labels" in fields else None,
+        backbone=backbone,
+        seed=config.run.seed,
+        cache_dir=config.run.cache_dir,
+    )
+
+
+def _check_sizes(backbone: Backbone, dataset: PairedDataset, config: Config) -> None:
+    """The data must have the size that the towers were made for."""
+    offered, shape = dataset.offers("train"), backbone.shape
+    if "image" in offered and offered["image"][-1] != shape.image_size:
+        raise UserError(
+            f"dataset.image_size is {offered['image'][-1]}, but the backbone {config.model.backbone} takes pictures of "
+            f"{shape.image_size} pixels; set dataset.image_size={shape.image_size}"
+        )
+    if "text" in offered and offered["text"][0] > shape.context_length:
+        raise UserError(
+            f"dataset.text_length is {offered['text'][0]}, but the backbone {config.model.backbone} takes at most "
+            f"{shape.context_length} tokens; set dataset.text_length={shape.context_length}"
+        )
+
+
+def _load(model: HashingModel, state: dict[str, Tensor], loaded: Checkpoint) -> None:
+    """Copies a state into the model; every entry must fit, and none may be missing that codes depend on."""
+    own = model.state_dict()
+    unknown = sorted(state.keys() - own.keys())
+    missing = sorted(own.keys() - state.keys())
+    if not loaded.is_ours:
+        missing = [name for name in missing if not model.may_be_absent(name)]
+    shapes = [
+        f"{name}: {tuple(state[name].shape)} there, {tuple(own[name].shape)} here"
+        for name in sorted(own.keys() & state.keys())
+        if state[name].shape != own[name].shape
+    ]
+    if unknown or missing or shapes:
+        what = [
+            f"{len(names)} {kind} (first: {names[0]})"
+            for kind, names in (("entries missing", missing), ("unknown entries", unknown), ("other shapes", shapes))
+            if names
+        ]
+        raise UserError(
+            f"checkpoint {loaded.path} does not fit {type(model).__name__} with {model.bits} bits: {'; '.join(what)}; "
+            "give the method, model.bits and the variant that it was trained with"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def check_groups(model: HashingModel) -> None:
+    """Every trainable parameter must stand in a group, or it would silently stay as it is.
+
+    Raises:
+        UserError: With the first parameter that does not.
+    """
+    grouped = {id(p) for groups in model.param_groups().values() for group in groups.values() for p in group}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
+    if left_out:
+        raise UserError(
+            f"{type(model).__name__}.param_groups leaves out {len(left_out)} trainable parameters (first: "
+            f"{left_out[0]}); put them in a group, or set requires_grad_(False)"
+        )

@@ -1,0 +1,101 @@
+"""Writing files so that a reader never sees half of one, and keeping two processes out of one folder."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; when the block ends well, the file is synced and takes the name `path`.
+
+    A process killed at any moment leaves the old file or the new one, never a part. A temporary file that a killed
+    process left behind is overwritten by the next write.
+
+    Raises:
+        UserError: If the file cannot be written (no room, no permission).
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; free some room or name another folder"
+        ) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Creates a folder and its parents, and makes sure that files can be written there.
+
+    Args:
+        path: The folder.
+        key: The option that names it, for the message.
+
+    Raises:
+        UserError: If the folder cannot be created or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"folder {path} cannot be written to ({error.strerror}); name another with {key}") from None
+
+
+class FolderLock:
+    """Holds a folder for this process until `release` or the end of the process, a kill included.
+
+    Args:
+        folder: An existing folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handle = os.open(folder, os.O_RDONLY)
+
+    def acquire(self, wait: bool) -> bool:
+        """Takes the lock; without `wait`, returns False at once if another process holds it."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Gives the folder back."""
+        os.close(self._handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename durable: the folder's entry must reach the disk, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

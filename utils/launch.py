@@ -1,0 +1,173 @@
+"""Processes: which devices a run uses, starting one process per device, joining the others, failing together."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from common.errors import UserError
+from utils.distributed import local_rank, world_size
+
+_GRACE = 5.0  # seconds that processes have to end by themselves once one has failed
+_store: Any = None  # the group's key-value store, shared by all processes
+
+
+def devices(name: str) -> list[torch.device]:
+    """The devices that `run.device` names, one a process.
+
+    Args:
+        name: `auto`, `cpu`, `cpu:2` (two processes on the CPU), `cuda` (all GPUs), or GPU numbers such as `0,1`.
+
+    Raises:
+        UserError: If a device is not there or named twice.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        return [torch.device("cpu")]
+    if name.startswith("cpu:"):
+        return [torch.device("cpu")] * int(name.removeprefix("cpu:"))
+    numbers = list(range(count)) if name in ("auto", "cuda") else [int(number) for number in name.split(",")]
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    if twice:
+        raise UserError(f"device {name}: GPU {twice[0]} is named twice; name each GPU once")
+    absent = [number for number in numbers if number >= count]
+    if absent or not numbers:
+        there = f"has the GPUs 0 to {count - 1}" if count else "has no GPU that this PyTorch can use"
+        missing = f"GPU {absent[0]}" if absent else "cuda"
+        raise UserError(f"device {name}: {missing} is not there, this machine {there}; use --device cpu or auto")
+    return [torch.device("cuda", number) for number in numbers]
+
+
+def pick_device(name: str, distribute: bool) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UserError: If it is not there, or `name` lists several and the run is not distributed.
+    """
+    found = devices(name)
+    if world_size() > 1:
+        if found[0].type == "cpu":
+            return found[0]
+        if local_rank() >= len(found):
+            raise UserError(
+                f"device {name} names {len(found)} GPUs, but {local_rank() + 1} processes run on this machine"
+            )
+        return found[local_rank()]
+    if len(found) > 1 and "," in name + name.replace(":", ",") and not distribute:
+        raise UserError(f"device {name} names several devices; add --distribute for a process on each, or name one")
+    return found[0]
+
+
+def in_group() -> bool:
+    """Whether a launcher (ours, torchrun, Slurm) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def join(device_name: str) -> None:
+    """Joins the process group that the launcher's environment describes.
+
+    Raises:
+        UserError: If the group's address is in use or nobody answers there.
+    """
+    global _store
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    device = devices(device_name)[0]
+    try:
+        _store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+        if device.type == "cuda":
+            torch.cuda.set_device(devices(device_name)[local_rank()])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=PrefixStore("group", _store), rank=rank, world_size=size, timeout=timedelta(minutes=30)
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"processes cannot meet at {address} ({reason}); give all of them the same free MASTER_ADDR and MASTER_PORT"
+        ) from None
+
+
+def leave() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of the group has failed before: only the first one's error is worth reading."""
+    if _store is None:
+        return os.environ.get("RANK", "0") == "0"
+    me = os.environ["RANK"]
+    try:
+        return bool(_store.compare_set("failed", "", me).decode() == me)
+    except (RuntimeError, ValueError):  # the store's process is gone, so it failed before
+        return False
+
+
+def launch(count: int) -> int:
+    """Starts `count` copies of this command as one process group on this machine and waits for them.
+
+    Signals are passed on. When one process fails, the others are ended within seconds.
+
+    Args:
+        count: Number of processes.
+
+    Returns:
+        The exit code of the first process that failed; 0 if none did.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads},
+            start_new_session=True,  # Ctrl-C reaches them once, through this process
+            preexec_fn=_end_with_parent,
+        )
+        for rank in range(count)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [code for code in codes if code]
+        if failed or all(code == 0 for code in codes):
+            break
+        time.sleep(0.1)
+    deadline = time.monotonic() + _GRACE
+    while failed and any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    return (failed[0] if failed[0] > 0 else 128 - failed[0]) if failed else 0
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to send this process SIGTERM when its parent is gone, so that a killed launcher leaves no orphans."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

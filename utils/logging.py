@@ -1,0 +1,93 @@
+"""What a run says: log lines, tables, the JSON-lines record and TensorBoard."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+from utils.distributed import is_main
+from utils.files import write_text
+
+T = TypeVar("T")
+
+
+class _PastBars(logging.Handler):
+    """Writes log lines to stderr without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging() -> None:
+    """Sends log lines to stderr past progress bars; processes other than the first stay silent below warnings."""
+    handler = _PastBars()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if is_main() else logging.WARNING)
+
+
+def progress(items: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
+    """A progress bar with rate and remaining time; silent on all processes but the first."""
+    interval = 0.2 if sys.stderr.isatty() else 15.0  # a log file needs no line every moment
+    return tqdm(items, disable=not is_main(), mininterval=interval, dynamic_ncols=True, **options)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length as aligned text; the first is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Writes results to stdout, on the first process only."""
+    if is_main():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+class Record:
+    """The run's JSON-lines file, one object an event, and TensorBoard scalars when that package is installed.
+
+    Args:
+        folder: The run's folder; `log.jsonl` and TensorBoard's events go there.
+        upto: Lines of an earlier part of the run with a larger `step` are dropped: they are run again.
+    """
+
+    def __init__(self, folder: Path, upto: int) -> None:
+        self._path = folder / "log.jsonl"
+        if self._path.exists():
+            write_text(self._path, "".join(f"{line}\n" for line in self._lines() if json.loads(line)["step"] <= upto))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=upto + 1)
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one event; its numbers also go to TensorBoard as `event/name`."""
+        self._file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        """Ends the record."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _lines(self) -> list[str]:
+        """Whole lines; a process killed while writing leaves a part of one at the end."""
+        lines = self._path.read_text(encoding="utf-8").split("\n")
+        return [line for line in lines[:-1] if line]

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM end the step, not the work."""
+
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+RESUMABLE = 75  # exit code after SIGTERM (EX_TEMPFAIL): run again with --resume
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop and can go on from its newest checkpoint.
+
+    Args:
+        number: The signal.
+        step: Optimizer steps taken.
+        folder: The run's folder.
+    """
+
+    def __init__(self, number: int, step: int, folder: Path) -> None:
+        super().__init__(f"stopped after step {step}; go on with --save-dir {folder} --resume")
+        self.number = number
+        self.exit_code = 130 if number == signal.SIGINT else RESUMABLE
+
+
+class StopRequest:
+    """Context in which the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.signal = signal.SIGTERM  # what a process assumes that is stopped by another's request
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.signal = signal.Signals(number)
+        signal.signal(number, self._previous[number])
