@@ -1,22 +1,20 @@
 """Writes `.mat` files (MATLAB 5) whole or not at all, with the same bytes for the same arrays.
 
-`scipy.io.savemat` writes the time of day into the header and leaves half a file behind when it is interrupted. Here the
-header is constant, and a file gets its name only once its bytes are on the disk. Several files that belong together are
-replaced by `publish`, so that files of two preparations never stand side by side.
+`scipy.io.savemat` writes the time of day into the header; here the header is constant. Files that belong together are
+written by `write_mats`, so that files of two preparations never stand side by side.
 """
 
-import contextlib
-import errno
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.io
 
 from common.errors import UserError
+from utils.files import atomic
 
 Array = npt.NDArray[Any]
 
@@ -34,70 +32,33 @@ def write_mat(path: Path, **arrays: Array) -> None:
     Raises:
         UserError: If the folder cannot be written to or the disk is full; no part of the file remains.
     """
-    publish({path: stage_mat(path, arrays)})
+    write_mats({path: arrays})
 
 
-def stage_mat(path: Path, arrays: Mapping[str, Array]) -> Path:
-    """Writes the bytes of a future `.mat` file to a temporary name in its folder, for `publish`.
+def write_mats(files: Mapping[Path, Mapping[str, Array]]) -> None:
+    """Writes several `.mat` files as one set.
+
+    All bytes are on the disk before the first older file goes; older files go before the first new name appears.
+    Whoever is killed in between leaves a set with files missing, which readers refuse, never a mixture of two.
 
     Args:
-        path: The file's name once it is published.
-        arrays: The file's variables, in this order.
-
-    Returns:
-        The temporary file.
+        files: Path to the file's variables, in order.
 
     Raises:
         UserError: As `write_mat`.
     """
-
-    def write(stream: BinaryIO) -> None:
-        scipy.io.savemat(stream, dict(arrays), do_compression=True)
-        stream.seek(0)
-        stream.write(HEADER)
-
-    return _stage(path, write)
-
-
-def stage_text(path: Path, text: str) -> Path:
-    """Writes a future UTF-8 text file to a temporary name in its folder, for `publish`.
-
-    Args:
-        path: The file's name once it is published.
-        text: Its contents.
-
-    Returns:
-        The temporary file.
-
-    Raises:
-        UserError: As `write_mat`.
-    """
-    return _stage(path, lambda stream: stream.write(text.encode()))
-
-
-def publish(staged: Mapping[Path, Path]) -> None:
-    """Gives staged files their names, as one set.
-
-    The older files go first: whoever is killed in between leaves a set with files missing, which readers refuse, never
-    a mixture of two.
-
-    Args:
-        staged: Final name to temporary file, all in one folder.
-
-    Raises:
-        UserError: If the folder cannot be written to.
-    """
-    with writing(next(iter(staged))):
-        if len(staged) > 1:
-            for path in staged:
+    with ExitStack() as names:
+        for path, arrays in files.items():
+            with names.enter_context(atomic(path)).open("wb") as stream:
+                scipy.io.savemat(stream, dict(arrays), do_compression=True)
+                stream.seek(0)
+                stream.write(HEADER)
+        if len(files) > 1:
+            for path in files:
                 path.unlink(missing_ok=True)
-        for path, part in staged.items():
-            os.replace(part, path)
-        for folder in {path.parent for path in staged}:
-            _sync_folder(folder)
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what the system says about a write that fails into one line for the user.
 
@@ -110,12 +71,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space, or write to another one (--root)") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{path}: no right to write here; choose a folder you own (--root)") from error
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another folder (--root)"
+            f"{path} cannot be written: {error.strerror or error}; free some room or name another folder with --root"
         ) from error
 
 
@@ -158,28 +115,3 @@ def clean_text(text: str) -> str:
         The string without line breaks, double or outer blanks.
     """
     return " ".join(text.replace("\0", " ").encode("utf-8", "replace").decode().split())
-
-
-def _stage(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    # One fixed temporary name: what a killed run left behind is overwritten by the next one, never collected.
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        try:
-            with part.open("wb") as stream:
-                write(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
-    return part
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is on the disk only when its folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,485 @@
+"""What the preparation scripts of the benchmark data sets share: from a list of pairs to checked files.
+
+A script reads the official annotation files and hands `Pairs` to `prepare`, which goes through every picture, refuses
+or leaves out what is missing or broken, writes `index.mat`, `caption.mat`, `label.mat`, and states what it found beside
+the known figures. `run` is a script's command line, `prepare` its work.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from common.errors import UserError
+from data.mat_files import clean_text, string_cells, string_rows, write_mats, writing
+from utils.files import FolderLock, atomic, make_folder, write_text
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+JOURNAL = ".pictures.jsonl"  # what is known of every picture, so that an interrupted or repeated run goes on from it
+REPORT = "check.txt"
+SHOWN = 10  # missing or broken pictures named on the terminal; the report names all
+SEARCH_DEPTH = 3  # folders below the source in which an archive may have been unpacked
+BATCH = 4096  # tasks handed to the threads at a time
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way in which papers select pairs from a data set.
+
+    Attributes:
+        rule: Which pairs, with which text, in one line.
+        papers: Who reports on it.
+        known: Published figures: name of a `Pairs.facts` entry, "pairs" or "labels" to its value.
+    """
+
+    rule: str
+    papers: str
+    known: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs as the annotation files give them, in the order in which they are written.
+
+    Attributes:
+        images: N picture files, relative to the source folder, with forward slashes.
+        captions: The texts of every pair; empty where there is none.
+        labels: [N, C] bool, multi-hot.
+        classes: C names of labels, in column order.
+        facts: Further counts for the report, by name.
+        padded: Captions as one string array [N, 1], as this data set is distributed, not as a cell array; every
+            pair has exactly one.
+    """
+
+    images: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    labels: npt.NDArray[np.bool_]
+    classes: Sequence[str]
+    facts: Mapping[str, int] = field(default_factory=dict)
+    padded: bool = False
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> "Pairs":
+        """The pairs at which `kept` [N] is True."""
+        rows = [int(row) for row in np.flatnonzero(kept)]
+        images, captions = [self.images[row] for row in rows], [self.captions[row] for row in rows]
+        return Pairs(images, captions, self.labels[rows], self.classes, self.facts, self.padded)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What decoding a picture told.
+
+    Attributes:
+        size: Bytes of the file.
+        modified: Time of its last change, nanoseconds.
+        fault: Why it cannot be decoded; empty if it can.
+        mode: Pillow's colour mode (RGB, L, CMYK, ...).
+        width: Pixels, as stored: EXIF rotation is not applied, as no paper's code does.
+        height: Pixels, as stored.
+        digest: Of the file's bytes.
+    """
+
+    size: int
+    modified: int
+    fault: str
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    digest: str = ""
+
+
+def find(source: Path, name: str, archive: str) -> Path:
+    """Finds a file or folder of an unpacked archive, in the source folder or a few folders below it.
+
+    Args:
+        source: Folder that the user names.
+        name: Relative path inside the archive, as short as it is unmistakable.
+        archive: Which download holds it, for the message.
+
+    Returns:
+        The nearest one; of equally near ones the first by name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    level = [source]
+    for _ in range(SEARCH_DEPTH + 1):
+        for folder in level:
+            if (folder / name).exists():
+                return folder / name
+        level = [below for folder in level for below in _subfolders(folder)]
+    raise UserError(f"{source}: {name} is not there; download {archive} and unpack it there (see data/README.md)")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file without outer blanks; blank ones at the end do not count.
+
+    Args:
+        path: File in UTF-8; bytes that are not are replaced.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    # Only line feeds part lines: str.splitlines would also cut at the exotic ones that occur in tags.
+    lines = [line.decode("utf-8", "replace").strip() for line in read_bytes(path).split(b"\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a file.
+
+    Args:
+        path: File to read.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); unpack the archive again") from error
+
+
+def parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], title: str, unit: str
+) -> Iterator[tuple[Item, Result]]:
+    """Applies a function to items on threads, with a progress bar; results come in the items' order.
+
+    Args:
+        function: Spends its time in reading or decoding, which Python does not serialise.
+        items: Its arguments.
+        title: Name of the bar.
+        unit: What is counted.
+
+    Yields:
+        Item and result.
+    """
+    pool = ThreadPoolExecutor(2 * len(os.sched_getaffinity(0)))
+    try:
+        with tqdm(total=len(items), desc=title, unit=unit, smoothing=0.05, disable=not items) as bar:
+            for start in range(0, len(items), BATCH):
+                batch = items[start : start + BATCH]
+                for item, result in zip(batch, pool.map(function, batch), strict=True):
+                    yield item, result
+                    bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def scan_pictures(source: Path, images: Iterable[str], root: Path) -> dict[str, Picture | None]:
+    """Decodes every picture once, and remembers the outcome in a journal in the output folder.
+
+    Args:
+        source: Folder that the names start from.
+        images: Picture files.
+        root: Folder of the journal. A picture whose size and time of change are as noted is not read again.
+
+    Returns:
+        For every picture what was found; None if there is no such file.
+
+    Raises:
+        UserError: If the journal cannot be written.
+    """
+    path = root / JOURNAL
+    known = _read_journal(path)
+    found: dict[str, Picture | None] = {}
+    changed: list[str] = []
+    for image in images:
+        noted = known.get(image)
+        try:
+            status = (source / image).stat()
+        except OSError:
+            found[image] = None
+            continue
+        if noted is not None and (noted.size, noted.modified) == (status.st_size, status.st_mtime_ns):
+            found[image] = noted
+        else:
+            changed.append(image)
+    if not changed:
+        return found
+    log.info("%s: %d of %d pictures are still to be checked", source, len(changed), len(changed) + len(found))
+    with writing(path), path.open("ab") as journal:
+        journal.write(b"\n")  # ends a line that a killed run left unfinished
+        for image, picture in parallel(lambda name: inspect_picture(source / name), changed, "pictures", "img"):
+            found[image] = picture
+            if picture is not None:
+                known[image] = picture
+                journal.write(_journal_line(image, picture))
+    with atomic(path) as temporary, temporary.open("wb") as journal:
+        journal.writelines(_journal_line(image, known[image]) for image in sorted(known))
+    return found
+
+
+def inspect_picture(path: Path) -> Picture | None:
+    """Reads and decodes one picture to its end.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What was found; None if there is no such file.
+    """
+    try:
+        status = path.stat()
+        content = path.read_bytes()
+    except OSError:
+        return None
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            mode, (width, height) = picture.mode, picture.size
+            # JPEG's cheapest scale: every coded bit is still read, so a cut file is noticed, in a third of the time.
+            picture.draft("L", (1, 1))
+            picture.load()
+    except Exception as error:  # noqa: BLE001 - decoders fail in many ways on bytes that are no picture
+        unknown = isinstance(error, UnidentifiedImageError)
+        fault = "not a picture" if unknown else clean_text(str(error)) or type(error).__name__
+        return Picture(status.st_size, status.st_mtime_ns, fault)
+    digest = hashlib.blake2b(content, digest_size=12).hexdigest()
+    return Picture(status.st_size, status.st_mtime_ns, "", mode, width, height, digest)
+
+
+def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Path, skip_broken: bool) -> None:
+    """Checks the pictures, writes the three `.mat` files, and reports.
+
+    Args:
+        title: Heading of the report.
+        protocol: What is known about these pairs.
+        pairs: What to write.
+        source: Folder that the pictures' names start from.
+        root: Folder to write to; it exists.
+        skip_broken: Leave out pairs whose picture is missing or broken; otherwise they stop the preparation.
+
+    Raises:
+        UserError: If pictures are missing or broken, or something cannot be written. The files of an earlier
+            preparation are then untouched.
+    """
+    if not pairs.images:
+        raise UserError(f"{source}: no pair has a label and, where the protocol asks for them, tags; unpack it again")
+    _require_room(root, pairs)
+    pictures = scan_pictures(source, pairs.images, root)
+    whole = np.array([_is_whole(pictures[image]) for image in pairs.images], dtype=np.bool_)
+    kept = pairs.only(whole)
+    report, summary = make_report(title, protocol, pairs, kept, pictures)
+    if not whole.all() and not (skip_broken and whole.any()):
+        write_text(root / REPORT, report)
+        sys.stdout.write(summary)
+        raise UserError(
+            f"{source}: {np.count_nonzero(~whole):,} of {len(whole):,} pictures are missing or broken, named in "
+            f"{root / REPORT}; unpack them again, or leave these pairs out with --skip-broken"
+        )
+    _link_pictures(source, root, kept.images)
+    captions = string_rows([item[0] for item in kept.captions])[:, None] if kept.padded else string_cells(kept.captions)
+    write_mats(
+        {
+            root / "index.mat": {"index": string_rows(kept.images)},
+            root / "caption.mat": {"caption": captions},
+            root / "label.mat": {"category": kept.labels.astype(np.int64), "classes": string_rows(kept.classes)},
+        }
+    )
+    write_text(root / REPORT, report)
+    sys.stdout.write(summary)
+    log.info("%s: index.mat, caption.mat, label.mat and %s are written", root, REPORT)
+
+
+def make_report(
+    title: str, protocol: Protocol, pairs: Pairs, kept: Pairs, pictures: Mapping[str, Picture | None]
+) -> tuple[str, str]:
+    """States what was found, beside the known figures.
+
+    Args:
+        title: Heading.
+        protocol: Known figures.
+        pairs: All pairs of the protocol.
+        kept: Those that have a picture.
+        pictures: By name.
+
+    Returns:
+        The whole report, and a form for the terminal with at most a few pictures named.
+    """
+    seen = [picture for image in kept.images if (picture := pictures[image]) is not None]
+    missing = [image for image in pairs.images if pictures[image] is None]
+    broken = [f"{image} ({picture.fault})" for image in pairs.images if (picture := pictures[image]) and picture.fault]
+    words = [len(text.split()) for item in kept.captions for text in item]
+    a_pair, items = kept.labels.sum(axis=1), kept.labels.sum(axis=0)
+    counts = {"pairs": len(kept.images), "labels": len(kept.classes), **kept.facts}
+    rows = [("", "found", "known")]
+    for name, count in counts.items():
+        known = protocol.known.get(name)
+        verdict = "" if known is None else f"{known:,}" + ("" if known == count else "   <- differs")
+        rows.append((name, f"{count:,}", verdict))
+    rows += [
+        ("labels without items", f"{np.count_nonzero(items == 0):,}", ""),
+        ("labels a pair", _spread(a_pair), ""),
+        ("captions a pair", _spread([len(item) for item in kept.captions]), ""),
+        ("words a caption", _spread(words), ""),
+        ("pairs without text", f"{sum(not any(item) for item in kept.captions):,}", ""),
+        ("pictures missing", f"{len(missing):,}", ""),
+        ("pictures broken", f"{len(broken):,}", ""),
+        ("pictures listed twice", f"{len(kept.images) - len(set(kept.images)):,}", ""),
+        ("pictures with equal bytes", f"{len(set(kept.images)) - len({p.digest for p in seen}):,}", ""),
+        ("picture modes", ", ".join(f"{mode} {n:,}" for mode, n in sorted(Counter(p.mode for p in seen).items())), ""),
+        ("picture widths", _spread([p.width for p in seen]), ""),
+        ("picture heights", _spread([p.height for p in seen]), ""),
+    ]
+    table = "\n".join(f"{name:<28}{found:<36}{known}".rstrip() for name, found, known in rows)
+    labels = "; ".join(f"{name} {count:,}" for name, count in zip(kept.classes, items, strict=True))
+    histogram = textwrap.fill(f"items of every label: {labels}", 118, subsequent_indent="  ")
+    head = f"{title}: {protocol.rule}\nreported by {protocol.papers}\n\n{table}\n\n{histogram}\n"
+    lists = (("missing pictures", missing), ("broken pictures", broken))
+    return head + _listing(lists, None), head + _listing(lists, SHOWN)
+
+
+def run(
+    name: str,
+    title: str,
+    protocols: Mapping[str, Protocol],
+    collect: Callable[[Path, str], Pairs],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The command line of a preparation script: a user's mistake is one line and exit code 2.
+
+    Args:
+        name: Name of the data set; its default output folder is `data/<name>`.
+        title: Its name for people.
+        protocols: By name; the first is the default.
+        collect: Reads the annotation files: (source folder, protocol) to pairs.
+        arguments: Of the command line; None takes those of the process.
+
+    Returns:
+        Exit code.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        description=f"Prepares {title} from its official archives (data/README.md says where they are).",
+        epilog="protocols: " + "; ".join(f"{key}: {value.rule} ({value.papers})" for key, value in protocols.items()),
+    )
+    parser.add_argument("--source", type=Path, required=True, help="folder in which the archives are unpacked")
+    parser.add_argument("--root", type=Path, default=Path("data") / name, help="folder to write to (%(default)s)")
+    parser.add_argument(
+        "--protocol",
+        choices=list(protocols),
+        default=next(iter(protocols)),
+        help="which pairs (%(default)s); see below",
+    )
+    parser.add_argument("--skip-broken", action="store_true", help="leave out pairs whose picture is missing or broken")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.source.is_dir():
+            raise UserError(f"--source {options.source}: no such folder; unpack the archives of {title} there")
+        make_folder(options.root, "--root")
+        lock = FolderLock(options.root)
+        try:
+            if not lock.acquire(wait=False):
+                raise UserError(f"--root {options.root}: another run is writing there; wait for it to end")
+            protocol = protocols[options.protocol]
+            pairs = collect(options.source, options.protocol)
+            heading = f"{title}, protocol {options.protocol}"
+            prepare(heading, protocol, pairs, options.source, options.root, options.skip_broken)
+        finally:
+            lock.release()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or options.root}: {error.strerror or error}; mend it and run again\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        return 130
+    return 0
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    except OSError:
+        return []
+
+
+def _is_whole(picture: Picture | None) -> bool:
+    return picture is not None and not picture.fault
+
+
+def _read_journal(path: Path) -> dict[str, Picture]:
+    known: dict[str, Picture] = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            image, *values = json.loads(line)
+            known[image] = Picture(*values)
+        except (ValueError, TypeError):  # the line in which a killed run stopped
+            continue
+    return known
+
+
+def _journal_line(image: str, picture: Picture) -> bytes:
+    p = picture
+    values = [image, p.size, p.modified, p.fault, p.mode, p.width, p.height, p.digest]
+    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+
+
+def _require_room(root: Path, pairs: Pairs) -> None:
+    """Refuses to start on a disk that cannot take the files, an upper bound as they are compressed."""
+    texts = sum(len(text) for item in pairs.captions for text in item) + sum(len(image) for image in pairs.images)
+    need = texts + pairs.labels.size + 256 * len(pairs.images)  # 256: a cell's header, a line of the journal
+    free = shutil.disk_usage(root).free
+    if free < need:
+        raise UserError(
+            f"--root {root}: about {need / 2**20:,.1f} MiB are needed and {free / 2**20:,.1f} MiB are free; "
+            "free some room or choose another --root"
+        )
+
+
+def _link_pictures(source: Path, root: Path, images: Sequence[str]) -> None:
+    """Makes the pictures' names valid from the output folder too, so that no path needs to be edited or configured."""
+    for top in sorted({image.split("/", 1)[0] for image in images}):
+        target, link = (source / top).resolve(), root / top
+        if link.exists() and link.resolve() == target:
+            continue
+        if link.exists() and not link.is_symlink():
+            raise UserError(f"{link}: is in the way of a link to {target}; remove it, or choose another --root")
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(target)
+        except OSError:
+            log.warning("%s: no link to %s can be made here; train with dataset.image_root=%s", root, top, source)
+            return
+
+
+def _spread(values: Sequence[int] | npt.NDArray[np.int_]) -> str:
+    numbers = np.asarray(values)
+    if not numbers.size:
+        return "none"
+    return f"{numbers.mean():,.2f} ({numbers.min():,} to {numbers.max():,})"
+
+
+def _listing(lists: Iterable[tuple[str, Sequence[str]]], limit: int | None) -> str:
+    text = ""
+    for heading, names in lists:
+        if names:
+            shown = names if limit is None else names[:limit]
+            more = [f"... and {len(names) - len(shown):,} more in {REPORT}"] if len(shown) < len(names) else []
+            text += f"\n{heading}:\n" + "".join(f"  {name}\n" for name in [*shown, *more])
+    return text
