@@ -193,12 +193,9 @@ def euclidean_contrast(a: Tensor, b: Tensor, similar: Tensor, margin: float, pow
     Source:
         DCMHT, ACM MM 2022, Eq. (9)-(10). Differs from the authors' code: see Deviation 2.
     """
-    squares = (a[:, None] - b[None]).square().sum(-1)  # [B, B]
-    apart = squares > 0
-    distances = torch.where(apart, squares, 1.0).sqrt() * apart  # the root has no gradient at 0
-    pull = squares if power == 2 else distances
-    push = (margin - distances).clamp(min=0) ** power
-    return (similar * pull).mean(), ((1 - similar) * push).mean()
+    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # [B, B], gradient 0 at distance 0
+    push = (margin - distances).clamp(min=0)
+    return (similar * distances**power).mean(), ((1 - similar) * push**power).mean()
 
 
 def cosine_contrast(a: Tensor, b: Tensor, similar: Tensor, threshold: float, power: int) -> tuple[Tensor, Tensor]:
@@ -243,15 +240,15 @@ def clipped_cosine_entropy(a: Tensor, b: Tensor, similar: Tensor, threshold: flo
 
 
 def tanh_quantization(relaxed: Tensor) -> Tensor:
-    """How far tanh codes are from their signs: the mean over rows of the Euclidean distance (not squared).
+    """How far tanh codes are from their signs: half the mean over rows of the Euclidean distance (not squared).
 
     Args:
         relaxed: Codes, [B, K] in (-1, 1).
 
     Returns:
-        Scalar; half of it is one modality's share in the loss.
+        Scalar.
 
     Source:
         The authors' code, `hash_layer=linear`.
     """
-    return (torch.sign(relaxed) - relaxed).norm(dim=-1).mean()
+    return (torch.sign(relaxed) - relaxed).norm(dim=-1).mean() / 2

@@ -1,0 +1,40 @@
+"""Runs a function in several gloo processes, for tests that compare several processes with one."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
+    """Calls `function(*arguments)` in `count` fresh processes that form one gloo group.
+
+    Args:
+        function: A function at the top level of a module.
+        count: Number of processes.
+        arguments: What can be pickled.
+
+    Returns:
+        What each process returned (tensors and plain values), by rank.
+
+    Raises:
+        ProcessRaisedException: With the traceback of the first process that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, (count, folder, function, arguments), nprocs=count)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
+
+
+def _run(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=count)
+    try:
+        torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
