@@ -140,6 +140,8 @@ class Checkpoints:
     ) -> Path:
         """Writes the state after `step` steps and removes those beyond the newest `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob(".step-*.part"):  # of a process killed while writing
+            part.unlink()
         path = self.folder / f"step-{step:08d}.pt"
         save(path, meta, model, optimizers)
         for old in self.paths()[: -self.keep]:

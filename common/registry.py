@@ -94,8 +94,10 @@ class Registry(Generic[T]):
         for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
             try:
                 importlib.import_module(module.name)
-            except (ImportError, SyntaxError) as error:  # one broken sibling must not hide the others
-                self._failed[module.name] = str(error)
+            except UserError:
+                raise
+            except Exception as error:  # one broken sibling must not hide the others
+                self._failed[module.name] = f"{type(error).__name__}: {error}"
 
 
 MODELS: Registry[Any] = Registry("model", "models")

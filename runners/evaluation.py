@@ -62,7 +62,7 @@ def encode_split(
     was_training = model.training
     model.eval()
     index, image, text = [], [], []
-    for batch in progress(loader.once(), desc=f"encode {loader.split}", unit="batch", leave=False, total=None):
+    for batch in progress(loader.once(), desc="encode", unit="batch", leave=False):
         check()
         with autocast():
             index.append(batch["index"])
@@ -71,7 +71,7 @@ def encode_split(
     model.train(was_training)
     order = gather_rows(torch.cat(index)).cpu()
     if not torch.equal(order.sort().values, torch.arange(len(labels))):
-        raise RuntimeError(f"{loader.split}: {len(order)} rows were encoded for {len(labels)}; each must come once")
+        raise RuntimeError(f"{len(order)} rows were encoded for a split of {len(labels)}; each must come once")
     codes = []
     for parts in (image, text):
         rows = gather_rows(torch.cat(parts)).cpu()

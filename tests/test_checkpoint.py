@@ -1,0 +1,143 @@
+"""Checkpoints: whole or not at all, no code from files, damaged ones passed over."""
+
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint import Checkpoints, load, require_same, save
+from common.errors import UserError
+
+
+class Evil:
+    """Pickles to a call of os.system."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch evil-was-here",)
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(weight)], lr=0.1, momentum=0.9)
+    save(tmp_path / "a.pt", {"step": 3, "note": "ü"}, {"w": weight}, {"main": optimizer.state_dict()})
+    loaded = load(tmp_path / "a.pt")
+    assert loaded.is_ours and loaded.meta == {"step": 3, "note": "ü"}
+    assert torch.equal(loaded.model["w"], weight) and loaded.model["w"].dtype == torch.float64
+    assert loaded.optimizers["main"] == optimizer.state_dict()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt"]
+
+
+def test_foreign_state_dicts_are_read_and_flattened(tmp_path: Path) -> None:
+    torch.save({"hash": {"fc.weight": torch.ones(2)}, "vtp": {"x": torch.zeros(1)}, "epoch": 3}, tmp_path / "b.pth")
+    loaded = load(tmp_path / "b.pth")
+    assert not loaded.is_ours and sorted(loaded.model) == ["hash.fc.weight", "vtp.x"]
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_format: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    if old_format:
+        Path("evil.pt").write_bytes(pickle.dumps({"w": Evil()}))
+    else:
+        torch.save({"w": Evil()}, "evil.pt")
+    with pytest.raises(UserError, match="evil.pt") as error:
+        load(Path("evil.pt"))
+    assert not Path("evil-was-here").exists()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated_files_are_named(tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "cut.pt"
+    save(path, {"step": 1}, {"w": torch.randn(1000)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep >= 1 or keep == 0 else len(content) * keep)])
+    with pytest.raises(UserError, match="cut.pt"):
+        load(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "flip.pt"
+    save(path, {}, {"w": torch.zeros(100_000)})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load(path)
+
+
+def test_missing_and_empty_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not there"):
+        load(tmp_path / "no.pt")
+    torch.save({"epoch": 3}, tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="no tensors"):
+        load(tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="is not there"):
+        load(tmp_path)
+
+
+def test_newest_are_kept_and_damage_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert kept.newest() is None
+    for step in (1, 2, 10):
+        kept.save(step, {"step": step}, {"w": torch.full((3,), float(step))}, {"main": {"state": {}}})
+    assert [path.name for path in kept.paths()] == ["step-00000002.pt", "step-00000010.pt"]
+    newest = kept.newest()
+    assert newest is not None and newest.meta["step"] == 10
+    kept.paths()[-1].write_bytes(b"half")
+    with caplog.at_level(logging.WARNING):
+        newest = kept.newest()
+    assert newest is not None and newest.meta["step"] == 2
+    assert "step-00000010.pt" in caplog.text
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        save(tmp_path / "no" / "a.pt", {}, {"w": torch.zeros(1)})
+
+
+def test_every_differing_key_is_listed() -> None:
+    require_same({"a.b": 1, "c.d": [2]}, {"a.b": 1, "c.d": [2]}, "x.pt")
+    with pytest.raises(UserError) as error:
+        require_same({"a.b": 1, "c.d": 2, "e.f": 0}, {"a.b": 3, "c.d": 2, "g.h": 5}, "x.pt")
+    assert all(part in str(error.value) for part in ("a.b: 3 there, 1 now", "e.f: '(absent)' there", "g.h: 5 there"))
+    assert "c.d" not in str(error.value)
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from common.checkpoint import Checkpoints
+kept = Checkpoints(Path(sys.argv[1]), keep=2)
+step = 0
+while True:
+    step += 1
+    kept.save(step, {"step": step}, {"w": torch.full((200_000,), float(step))}, {"main": {}})
+    print(step, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_newest(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for delay in (0.0, 0.003, 0.007, 0.011, 0.018):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
+        )
+        assert process.stdout is not None
+        for _ in range(3):
+            last = int(process.stdout.readline())
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        newest = Checkpoints(folder, keep=2).newest()
+        assert newest is not None and newest.meta["step"] >= last
+        assert torch.equal(newest.model["w"], torch.full((200_000,), float(newest.meta["step"])))
+        for path in folder.glob("step-*.pt"):
+            path.unlink()

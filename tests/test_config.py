@@ -1,0 +1,156 @@
+"""Configuration: layers, origins, overrides, and every error a user can make."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.config import SECTIONS, flatten, load_config, read_yaml
+from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+MITH = ROOT / "configs" / "MITH" / "config.yaml"
+
+
+def method_configs() -> list[Path]:
+    return sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "datasets")
+
+
+@pytest.mark.parametrize("path", method_configs(), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_config_is_valid_and_short(path: Path) -> None:
+    config = load_config(path)
+    assert config.model.name == path.parent.name
+    assert len(path.read_text().splitlines()) <= 40
+    assert set(config.origins) == set(flatten(config.tree))
+
+
+def test_later_layers_win_and_origins_are_kept(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"base: [{MITH}]\nrun: {{epochs: 3}}\n")
+    config = load_config(child, ["model.bits=64", "run.seed=7"])
+    assert (config.run.epochs, config.model.bits, config.run.seed) == (3, 64, 7)
+    assert config.origins["run.epochs"] == str(child)
+    assert config.origins["model.bits"] == config.origins["run.seed"] == "command line"
+    assert config.origins["run.precision"].endswith("configs/base.yaml")
+
+
+def test_resolved_yaml_alone_reproduces_the_config(tmp_path: Path) -> None:
+    config = load_config(MITH, ["run.epochs=2"])
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(config.to_yaml())
+    again = load_config(alone)
+    assert again.tree == config.tree and again.model == config.model and again.optim == config.optim
+
+
+def test_lists_replace_and_sections_merge(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"base: [{MITH}]\nevaluate: {{cutoffs: [50]}}\n")
+    config = load_config(child)
+    assert config.evaluate.cutoffs == [50]
+    assert config.evaluate.definitions == load_config(MITH).evaluate.definitions
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("-3", -3), ("010", 10), ("true", True), ("no", "no"), ("off", "off"), ("~", None)],
+)
+def test_plain_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    read = read_yaml(f"key: {text}", "a test")["key"]
+    assert read == value and type(read) is type(value)
+
+
+def test_scientific_notation_is_a_number_everywhere() -> None:
+    assert load_config(MITH, ["optim.main.lr.head=1e-5"]).optim["main"].lr["head"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.name=MIHT"], ["unknown model 'MIHT'", "did you mean 'MITH'"]),
+        (["model.bitz=16"], ["model.bitz: unknown key", "did you mean 'bits'"]),
+        (["model.bits=sixteen"], ["model.bits", "'sixteen'"]),
+        (["model.bits=0"], ["model.bits", "greater than 0"]),
+        (["model.bits=16.5"], ["model.bits", "16.5"]),
+        (["run.distribute=yes"], ["run.distribute", "'yes'"]),
+        (["run.seed=true"], ["run.seed", "True"]),
+        (["run.device=gpu"], ["run.device", "'gpu'"]),
+        (["run.runner=Runer"], ["unknown runner 'Runer'", "did you mean 'Runner'"]),
+        (["dataset.type=matt"], ["unknown dataset 'matt'"]),
+        (["optim.main.type=Adam"], ["unknown optimizer 'Adam'"]),
+        (["optim.main.lr.head=-1"], ["optim.main.lr.head"]),
+        (["runs.seed=1"], ["runs: unknown section", "did you mean 'run'"]),
+        (["run.checkpoint_every=soon"], ["run.checkpoint_every", "'soon'"]),
+        (["evaluate.cutoffs=[]"], ["evaluate.cutoffs"]),
+        (["epochs=3"], ["section.key=value"]),
+        (["run.epochs"], ["section.key=value"]),
+        (["run.epochs=[1"], ["not valid YAML"]),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(MITH, overrides)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        load_config(MITH, ["model.bitz=16", "run.epochs=none", "dataset.split.sed=1", "optim.main.lr=3"])
+    for key in ("model.bitz", "run.epochs", "dataset.split.sed", "optim.main.lr"):
+        assert f"{key}: " in str(error.value)
+    assert "(command line)" in str(error.value)
+
+
+def test_missing_keys_and_sections_are_named(tmp_path: Path) -> None:
+    tree = load_config(MITH).tree
+    for key in list(flatten(tree)):
+        section, *path = key.split(".")
+        broken = yaml.safe_load(yaml.safe_dump(tree))
+        node = broken[section]
+        for part in path[:-1]:
+            node = node[part]
+        del node[path[-1]]
+        file = tmp_path / "broken.yaml"
+        file.write_text(yaml.safe_dump(broken))
+        with pytest.raises(UserError):  # no value has a default in code
+            _require_groups(load_config(file), key)
+    file.write_text(yaml.safe_dump({name: tree[name] for name in SECTIONS if name != "optim"}))
+    with pytest.raises(UserError, match="optim: this section is missing"):
+        load_config(file)
+
+
+def _require_groups(config: object, key: str) -> None:
+    """A learning rate that is missing is found when the optimizers meet the model's groups."""
+    if ".lr." in key:
+        raise UserError(f"{key} is checked against the model's groups")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: [", "line 1"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "'run' stands twice"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("base: ../base.yaml\n", "`base` must be a list"),
+        ("base: [nothing.yaml]\n", "nothing.yaml cannot be read"),
+        ("base: [self.yaml]\n", "leads back to itself"),
+        ("run: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "self.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=expected.replace("[", r"\[")) as error:
+        load_config(file)
+    assert "self.yaml" in str(error.value)
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match="configs/NONE.yaml cannot be read"):
+        load_config("configs/NONE.yaml")
+
+
+def test_run_folder_fills_placeholders_and_refuses_others() -> None:
+    assert str(load_config(MITH, ["run.seed=3"]).run_folder).endswith("seed3")
+    with pytest.raises(UserError, match="placeholder"):
+        _ = load_config(MITH, ["run.save_dir=result/{bots}"]).run_folder

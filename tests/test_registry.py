@@ -1,0 +1,67 @@
+"""Registry: one decorator, lazy import, case-blind uniqueness, helpful misses."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.registry import MODELS, Registry
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A flat package with one good module and one that cannot be imported."""
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "good.py").write_text(
+        textwrap.dedent(
+            """
+            from zoo_registry import ZOO
+
+            @ZOO.register("Lion")
+            class Lion: ...
+            """
+        )
+    )
+    (folder / "broken.py").write_text("import no_such_package_anywhere\n")
+    (tmp_path / "zoo_registry.py").write_text('from common.registry import Registry\nZOO = Registry("animal", "zoo")\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "zoo"
+    for name in [name for name in sys.modules if name.split(".")[0] in ("zoo", "zoo_registry")]:
+        del sys.modules[name]
+
+
+def test_first_miss_imports_the_package(package: str) -> None:
+    from zoo_registry import ZOO
+
+    assert ZOO.get("Lion").__name__ == "Lion"
+    assert ZOO.names() == ["Lion"]
+
+
+def test_miss_names_near_and_all_names_and_broken_siblings(package: str) -> None:
+    from zoo_registry import ZOO
+
+    with pytest.raises(UserError) as error:
+        ZOO.get("lino")
+    text = str(error.value)
+    assert "unknown animal 'lino'" in text and "did you mean 'Lion'" in text
+    assert "zoo.broken" in text and "no_such_package_anywhere" in text
+    assert "\n" not in text
+
+
+def test_names_are_unique_ignoring_case() -> None:
+    registry: Registry[type] = Registry("model", "models")
+    registry.register("DNPH")(int)
+    with pytest.raises(UserError, match="'DNpH' is taken by 'DNPH'"):
+        registry.register("DNpH")(float)
+    with pytest.raises(UserError, match="taken"):
+        registry.register("DNPH")(float)
+    assert registry._classes == {"DNPH": int}
+
+
+def test_lookup_is_exact_about_case() -> None:
+    with pytest.raises(UserError, match="did you mean 'MITH'"):
+        MODELS.get("mith")
