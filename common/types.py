@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ class ClipShape:
         text_layers: Blocks of the text tower.
         context_length: Rows of the text tower's position table; texts may be shorter.
         vocabulary: Rows of the token table; the largest id is the end-of-text token.
+        activation: Of the MLPs; OpenAI's CLIP has `quick_gelu`, many of OpenCLIP's have `gelu`.
     """
 
     embed_dim: int
@@ -116,6 +118,7 @@ class ClipShape:
     text_layers: int
     context_length: int
     vocabulary: int
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
 
     @property
     def end_of_text(self) -> int:

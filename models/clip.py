@@ -82,15 +82,20 @@ class ResidualBlock(nn.Module):
     Args:
         width: W, a multiple of `heads`.
         heads: Number of attention heads.
+        activation: `quick_gelu` (OpenAI's) or `gelu`.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, activation: str = "quick_gelu") -> None:
         super().__init__()
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=QuickGELU() if activation == "quick_gelu" else nn.GELU(),
+                c_proj=nn.Linear(4 * width, width),
+            )
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -107,11 +112,12 @@ class Transformer(nn.Module):
         width: W, a multiple of `heads`.
         layers: Number of blocks; 0 is the identity.
         heads: Number of attention heads.
+        activation: `quick_gelu` (OpenAI's) or `gelu`.
     """
 
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, activation: str = "quick_gelu") -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Tokens `x` [B, L, W] -> [B, L, W]; `mask` and `causal` as in `Attention`."""
@@ -135,7 +141,7 @@ class ImageTower(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + shape.patches, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, shape.vision_layers, width // HEAD_WIDTH)
+        self.transformer = Transformer(width, shape.vision_layers, width // HEAD_WIDTH, shape.activation)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, shape.embed_dim))
 
@@ -177,7 +183,7 @@ class CLIP(nn.Module):
         self.visual = ImageTower(shape)
         self.token_embedding = nn.Embedding(shape.vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(shape.context_length, width))
-        self.transformer = Transformer(width, shape.text_layers, width // HEAD_WIDTH)
+        self.transformer = Transformer(width, shape.text_layers, width // HEAD_WIDTH, shape.activation)
         self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
