@@ -1,0 +1,204 @@
+"""What a data set is to the rest of the library: pictures, texts, labels, and the split into query, train, database.
+
+A new data set is a class whose `open` reads its files and hands over pictures, captions and labels; everything behind
+it (tokens, splits, loaders) is shared.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from common.config import DatasetConfig, Section
+from common.errors import UserError
+from dataset.columns import CaptionColumn, Column, MatrixColumn, PictureColumn, WordColumn
+from dataset.pictures import Pictures
+from dataset.texts import Captions, WordVectors
+
+Split = Literal["query", "train", "database"]
+SPLITS: tuple[Split, ...] = ("query", "train", "database")
+
+
+class SplitConfig(Section):
+    """`dataset.split`: the protocol that deals the pairs out."""
+
+    seed: int = Field(ge=0, lt=2**32)  # of the permutation; independent of run.seed
+    query: int = Field(gt=0)  # pairs of the query split
+    train: int = Field(gt=0)  # pairs of the training split, which is a part of the database
+
+
+class PairedConfig(DatasetConfig):
+    """The part of the `dataset:` section that every data set of pictures and texts has."""
+
+    split: SplitConfig
+    image_size: int = Field(gt=0)  # R, pixels of the square input; must be the backbone's
+    augment: bool  # training pictures: false = shorter side to R, centre crop; true = random flip and resized crop
+    stored_size: int = Field(gt=0)  # side in pixels at which `loader: memory` holds pictures for random crops
+    text_length: int = Field(ge=2)  # L, tokens of a text with start, end and padding
+    vocabulary: int = Field(gt=0)  # V, words of `bag_of_words`, for the methods that read it
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which items belong to which split.
+
+    Attributes:
+        query: Item numbers of the query split, [Q] int64.
+        train: Item numbers of the training split, [N] int64; all of them are in `database`.
+        database: Item numbers that queries search, [D] int64.
+        fingerprint: Short digest of the three lists and the labels, equal wherever the same pairs are compared.
+    """
+
+    query: Tensor
+    train: Tensor
+    database: Tensor
+    fingerprint: str
+
+    def items(self, split: Split) -> Tensor:
+        """Item numbers of one split, [n] int64."""
+        return {"query": self.query, "train": self.train, "database": self.database}[split]
+
+
+def make_splits(labels: Tensor, config: SplitConfig) -> Splits:
+    """Deals items out by a seeded permutation: first the queries, then the training set; all but queries are searched.
+
+    Args:
+        labels: Multi-hot labels, [N, C] bool.
+        config: Seed and sizes.
+
+    Returns:
+        The splits.
+
+    Raises:
+        UserError: If there are fewer items than asked for, or a query has no label (nothing is relevant to it).
+
+    Source:
+        The rule that the released code of DCMHT, MITH, DSPH and DNPH shares; the permutation is NumPy's legacy one.
+    """
+    count, query, train = len(labels), config.query, config.train
+    if query + train > count:
+        raise UserError(
+            f"dataset.split asks for {query} query and {train} train pairs, but there are {count} pairs; "
+            "lower dataset.split.query or dataset.split.train"
+        )
+    order = torch.from_numpy(np.random.RandomState(config.seed).permutation(count).astype(np.int64))
+    unlabelled = order[:query][~labels[order[:query]].any(dim=1)]
+    if len(unlabelled):
+        rows = ", ".join(str(int(row)) for row in unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
+        raise UserError(
+            f"{len(unlabelled)} pairs of the query split have no label, so nothing is relevant to them: rows {rows} "
+            "(from 0) of the label file; label them, remove them from all files, or choose another dataset.split.seed"
+        )
+    digest = hashlib.sha256()
+    for part in (order[:query], order[query : query + train], order[query:]):
+        digest.update(f"{len(part)};".encode() + part.numpy().astype("<i8").tobytes())
+    digest.update(f"{tuple(labels.shape)};".encode() + np.packbits(labels.numpy()).tobytes())
+    return Splits(order[:query], order[query : query + train], order[query:], digest.hexdigest()[:12])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a data set reads from its files.
+
+    Attributes:
+        names: Name of every item, for messages; N of them.
+        pictures: Reads the picture of an item by its number.
+        captions: The texts of every item; None where there are only word vectors.
+        labels: Multi-hot labels, [N, C] bool.
+        words: Word vectors that the data set brings along, [N, V] bool; None to build them from the captions.
+    """
+
+    names: Sequence[str]
+    pictures: Pictures
+    captions: Sequence[Sequence[str]] | None
+    labels: Tensor
+    words: Tensor | None
+
+
+class PairedDataset(ABC):
+    """Pairs of a picture and one or more texts, with labels.
+
+    A data set says in `open` what its files hold; a subclass may add fields to `columns`.
+
+    Args:
+        config: The `dataset:` section.
+
+    Attributes:
+        names: Name of every item, for messages.
+        pictures: Reads pictures by number; the first N are those of the items.
+        labels: Multi-hot labels, [N, C] bool.
+        splits: Which items belong to which split.
+        columns: The fields of every split: `columns[split][field]`.
+
+    Raises:
+        UserError: If the data cannot be read, or the splits cannot be made.
+    """
+
+    Config: ClassVar[type[PairedConfig]] = PairedConfig
+
+    config: PairedConfig
+
+    @classmethod  # noqa: B027 - most data sets cannot make themselves
+    def ensure(cls, config: PairedConfig) -> None:
+        """Makes the data set where it is missing and can make itself; called by one process, before opening."""
+
+    @abstractmethod
+    def open(self) -> Contents:
+        """Reads and checks the data set's files; pictures are read later.
+
+        Raises:
+            UserError: If a file is missing or broken, or files do not fit together.
+        """
+
+    def __init__(self, config: PairedConfig) -> None:
+        self.config = config
+        contents = self.open()
+        self.names = contents.names
+        self.pictures = contents.pictures
+        self.labels = contents.labels
+        self.splits = make_splits(contents.labels, config.split)
+        self.picture_shape = (3, config.image_size, config.image_size)
+        self.columns: dict[Split, dict[str, Column]] = {}
+        captions = contents.captions
+        tokens = None if captions is None else Captions(captions, config.text_length)
+        vectors = None if captions is None else WordVectors(captions, config.vocabulary)
+        for split in SPLITS:
+            items = self.splits.items(split)
+            columns = self.columns[split] = {}
+            columns["image"] = PictureColumn(items, self.picture_shape)
+            columns["labels"] = MatrixColumn(self.labels, items)
+            if tokens is not None:
+                columns["text"] = CaptionColumn(tokens, items)
+            if contents.words is not None:
+                columns["bag_of_words"] = MatrixColumn(contents.words, items)
+            elif vectors is not None:
+                columns["bag_of_words"] = WordColumn(vectors, items)
+
+    def __len__(self) -> int:
+        """Number of pairs N, all splits together."""
+        return len(self.labels)
+
+    def offers(self, split: Split) -> dict[str, tuple[int, ...]]:
+        """Shape of one row of every batch field that a split offers."""
+        return {field: column.shape for field, column in self.columns[split].items()}
+
+    def require(self, split: Split, fields: frozenset[str]) -> None:
+        """Checks that a split offers some fields.
+
+        Raises:
+            UserError: If it does not, with what to do about it.
+        """
+        for field in sorted(fields - set(self.columns[split]) - {"index"}):
+            raise UserError(
+                f"data set {self.config.name} has no {field!r} for the {split} split; {self.way_out(field, split)}"
+            )
+
+    def way_out(self, field: str, split: Split) -> str:
+        """What the user can do when `split` does not offer `field`."""
+        return f"it offers {', '.join(self.columns[split])}: choose another data set or method"

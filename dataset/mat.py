@@ -1,0 +1,202 @@
+"""Data sets prepared as .mat files: an index of pictures, captions, labels, and what some methods need besides.
+
+Reads what the authors of DCMHT, DSPH, DNPH, MITH, VTPH and DCMH distribute, without conversion.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from common.errors import UserError
+from common.registry import DATASETS
+from dataset.base import Contents, PairedConfig, PairedDataset, Split
+from dataset.columns import CaptionColumn, PictureColumn
+from dataset.mat_reader import number_matrix, read_variable, text_rows
+from dataset.pictures import JoinedPictures, PictureFiles, Pictures, resolve_paths
+from dataset.text_files import read_json_lines, read_lines
+from dataset.texts import Captions
+
+log = logging.getLogger(__name__)
+
+INDEX_KEYS = ("index", "imgs", "FAll", "IAll")
+CAPTION_KEYS = ("caption", "tags", "YAll")
+LABEL_KEYS = ("category", "label", "labels", "LAll")
+IMAGE_CAPTION_KEYS = ("image_caption",)
+
+
+class MatConfig(PairedConfig):
+    """`dataset:` section of a data set in .mat files. Of several file names the first that exists is read."""
+
+    root: str  # folder of the files
+    image_root: str | None  # folder that the paths in the index start from; null = root
+    index: list[str] = Field(min_length=1)  # picture paths, or the pictures themselves
+    captions: list[str] = Field(min_length=1)  # .mat, or .txt with one caption a line; or word vectors
+    labels: list[str] = Field(min_length=1)
+    image_captions: list[str]  # optional: sentences that describe the pictures; .mat, .txt, or .jsonl
+    query_counterpart: Literal["generated", "text_only", "paired"]  # what stands in for a text query's picture
+    counterpart_images: str | None  # generated: folder with 1.png, 2.png, ... in the order of the query split
+    counterpart_captions: str | None  # generated: text file with a caption of each of them, one a line
+
+
+@DATASETS.register("mat")
+class MatDataset(PairedDataset):
+    """Pairs in .mat files: an index of pictures, captions and labels, as the papers' authors distribute them.
+
+    Args:
+        config: The `dataset:` section.
+
+    Raises:
+        UserError: If a file is missing, broken or without its variable; if the files list different numbers of items;
+            if a picture is missing; if the splits cannot be made.
+    """
+
+    Config: ClassVar[type[PairedConfig]] = MatConfig
+
+    config: MatConfig
+
+    def __init__(self, config: MatConfig) -> None:
+        super().__init__(config)
+        self._add_image_captions()
+        if config.query_counterpart == "generated":
+            self._add_generated_counterparts()
+
+    def open(self) -> Contents:
+        """As `PairedDataset.open`."""
+        config, root = self.config, Path(self.config.root)
+        if not root.is_dir():
+            raise UserError(
+                f"data folder {root} of data set {config.name} is missing; prepare it (data/README.md says how) or set "
+                "dataset.root"
+            )
+        index_path = _file(root, config.index, "index")
+        captions_path = _file(root, config.captions, "captions")
+        labels_path = _file(root, config.labels, "labels")
+        names, pictures = _read_index(index_path)
+        captions, words = _read_captions(captions_path, len(names))
+        labels = _read_labels(labels_path, len(names))
+        described = words if captions is None else captions
+        _check_lengths({index_path: names, captions_path: described, labels_path: labels})
+        if pictures is None:
+            image_root = root if config.image_root is None else Path(config.image_root)
+            pictures = PictureFiles(resolve_paths(names, image_root, str(index_path)), str(index_path))
+        return Contents(names, pictures, captions, labels, words)
+
+    def way_out(self, field: str, split: Split) -> str:
+        """As `PairedDataset.way_out`."""
+        config = self.config
+        if field in ("image_caption", "counterpart_image", "counterpart_caption"):
+            if "image_caption" not in self.columns["train"]:
+                names = ", ".join(config.image_captions) or "a file named in dataset.image_captions"
+                return f"put one of {names} into {config.root}: a sentence that describes each picture"
+            return "set dataset.query_counterpart to generated (and name the generated pictures) or paired"
+        return super().way_out(field, split)
+
+    def _add_image_captions(self) -> None:
+        """`image_caption`, and the counterparts of texts whose own picture may be used."""
+        root = Path(self.config.root)
+        path = next((root / name for name in self.config.image_captions if (root / name).is_file()), None)
+        if path is None:
+            return
+        if path.suffix == ".jsonl":
+            texts: list[list[str]] | None = read_json_lines(path, self.names)
+        else:
+            texts, _ = _read_captions(path, len(self), IMAGE_CAPTION_KEYS)
+        if texts is None:
+            raise UserError(f"{path} holds numbers, not sentences; write one caption per picture")
+        _check_lengths({root / "index": self.names, path: texts})
+        captions = Captions(texts, self.config.text_length)
+        for split, columns in self.columns.items():
+            columns["image_caption"] = CaptionColumn(captions, self.splits.items(split))
+            if split != "query" or self.config.query_counterpart == "paired":
+                columns["counterpart_image"] = columns["image"]
+                columns["counterpart_caption"] = columns["image_caption"]
+
+    def _add_generated_counterparts(self) -> None:
+        """Pictures made from the query texts, as further pictures after those of the index."""
+        images, captions = self.config.counterpart_images, self.config.counterpart_captions
+        if images is None or captions is None:
+            raise UserError(
+                "dataset.query_counterpart is generated, but counterpart_images or counterpart_captions "
+                "is null; name the folder and the file, or set query_counterpart=text_only"
+            )
+        queries = len(self.splits.query)
+        if not Path(images).is_dir():
+            raise UserError(f"{images} (dataset.counterpart_images) is not a folder; make the pictures or set its path")
+        texts = read_lines(Path(captions))
+        if len(texts) != queries:
+            raise UserError(
+                f"{captions} has {len(texts)} lines, but there are {queries} queries; write one caption per query"
+            )
+        paths = resolve_paths([f"{number}.png" for number in range(1, queries + 1)], Path(images), images)
+        numbers = torch.arange(len(self.pictures), len(self.pictures) + queries)
+        self.pictures = JoinedPictures(self.pictures, PictureFiles(paths, images))
+        columns = self.columns["query"]
+        columns["counterpart_image"] = PictureColumn(numbers, self.picture_shape)
+        tokens = Captions([[text] for text in texts], self.config.text_length)
+        columns["counterpart_caption"] = CaptionColumn(tokens, torch.arange(queries))
+
+
+def _file(root: Path, names: Sequence[str], key: str) -> Path:
+    """The first of some files that exists."""
+    for name in names:
+        if (root / name).is_file():
+            return root / name
+    raise UserError(f"{root} has no {' or '.join(names)}; prepare it, or name the file in dataset.{key}")
+
+
+def _check_lengths(files: Mapping[Path, Sized | None]) -> None:
+    lengths = {path: 0 if rows is None else len(rows) for path, rows in files.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{path} has {length}" for path, length in lengths.items())
+        raise UserError(f"{listed} items; they must list the same pairs in the same order: make them again together")
+
+
+def _read_index(path: Path) -> tuple[list[str], Pictures | None]:
+    """Names of the items (their numbers, where the file holds pictures), and the pictures if it holds them."""
+    variable = read_variable(path, INDEX_KEYS, text=True)
+    if isinstance(variable.value, Pictures):
+        return [str(number) for number in range(len(variable.value))], variable.value
+    rows = text_rows(variable.value, None)
+    if rows is None or any(len(row) > 1 for row in rows):
+        raise UserError(f"{variable.place} is neither a list of picture paths nor a stack of pictures; make it again")
+    empty = next((number for number, row in enumerate(rows) if not row[0]), None)
+    if empty is not None:
+        raise UserError(f"{variable.place}: row {empty} is an empty path; mend it, or remove the row from all files")
+    return [row[0] for row in rows], None
+
+
+def _read_captions(
+    path: Path, count: int, keys: Sequence[str] = CAPTION_KEYS
+) -> tuple[list[list[str]] | None, Tensor | None]:
+    """Texts of every item, or word vectors [N, V] bool where the file holds such."""
+    if path.suffix == ".txt":
+        return [[line] for line in read_lines(path)], None
+    variable = read_variable(path, keys, text=True)
+    texts = text_rows(variable.value, count)
+    if texts is not None:
+        return texts, None
+    words = number_matrix(variable.value, count)
+    if words is None:
+        raise UserError(f"{variable.place} holds neither texts nor word vectors [N, V]; make it again")
+    return None, torch.from_numpy(words != 0)
+
+
+def _read_labels(path: Path, count: int) -> Tensor:
+    """Multi-hot labels, [N, C] bool."""
+    variable = read_variable(path, LABEL_KEYS)
+    labels = number_matrix(variable.value, count)
+    if labels is None:
+        raise UserError(f"{variable.place} is not a matrix of labels [N, C]; write 1 where an item has a label, else 0")
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        row, column = (int(place[0]) for place in wrong.nonzero())
+        raise UserError(
+            f"{variable.place}: row {row}, column {column} is {labels[row, column]}; labels are 0 or 1: write "
+            "the file again"
+        )
+    return torch.from_numpy(labels != 0)

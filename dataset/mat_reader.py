@@ -1,0 +1,203 @@
+"""Reads one variable of a .mat file, of any MATLAB version, as SciPy shows it: strings, cells, numbers.
+
+Nothing in a file is executed: SciPy's reader and HDF5 know only data, and .npy files are read without pickles.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import scipy.io
+import scipy.sparse
+from tqdm import tqdm
+
+from common.errors import UserError
+from dataset.pictures import PictureArray, Pictures, PictureVolume
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of a file.
+
+    Attributes:
+        path: The file.
+        key: The variable's name there; the file's name for a .npy file.
+        value: Text as an array of str, a cell array as an array of arrays, numbers; or pictures.
+    """
+
+    path: Path
+    key: str
+    value: Array | Pictures
+
+    @property
+    def place(self) -> str:
+        """File and key, for messages."""
+        return f"{self.path} ({self.key})"
+
+
+def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Variable:
+    """Reads the first of some variables that a file has.
+
+    Args:
+        path: A .mat file of MATLAB v4 to v7.3, or a .npy file.
+        keys: Names that the variable may have, the likeliest first.
+        text: Whether characters are expected: tells whether 16-bit numbers without a class in HDF5 are characters.
+
+    Returns:
+        The variable. Pictures ([N, H, W, 3] uint8 or as MATLAB stores them) come as `Pictures`.
+
+    Raises:
+        UserError: If the file cannot be read, or has none of the keys.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing; put it there, or name the file in the dataset section")
+    try:
+        if path.suffix == ".npy":
+            return Variable(path, path.name, _pictures_or(np.load(path, mmap_mode="r", allow_pickle=False)))
+        if h5py.is_hdf5(path):
+            return _read_hdf5(path, keys, text)
+        names = [name for name, _, _ in scipy.io.whosmat(path)]
+        key = _choose(path, keys, names)
+        value = scipy.io.loadmat(path, variable_names=[key])[key]
+        return Variable(path, key, _pictures_or(value.toarray() if scipy.sparse.issparse(value) else value))
+    except UserError:
+        raise
+    except Exception as error:  # readers of broken files raise whatever they stumble over
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as a .mat file ({why}); it is truncated or not one: make or fetch it again"
+        ) from None
+
+
+def text_rows(value: Array | Pictures, count: int | None) -> list[list[str]] | None:
+    """Texts of every item, stripped of padding.
+
+    A cell array has one cell per item, with one or more texts; a string array has one row per item. Whether an array
+    lists cells or strings is told by its dtype, so a single item is read rightly.
+
+    Args:
+        value: Array of str or of arrays: [N], [1, N], [N, 1], [N, m].
+        count: Number of items that the index has, to tell items from texts of an item; None if unknown.
+
+    Returns:
+        The texts of every item, each item at least one (perhaps empty); None if the array holds something else.
+    """
+    if isinstance(value, Pictures) or value.dtype.kind not in "OUS" or value.ndim > 2:
+        return None
+    if value.ndim == 2 and value.shape[0] != count:
+        if value.shape[1] == count:
+            value = value.T
+        elif 1 in value.shape:
+            value = value.reshape(-1)
+    try:
+        return [[text for text in _strings(row) if text] or [""] for row in np.atleast_1d(value)]
+    except _NotTextError:
+        return None
+
+
+def number_matrix(value: Array | Pictures, count: int) -> Array | None:
+    """A matrix with one row per item, turned around if only its columns are as many as the items.
+
+    Args:
+        value: Numbers, [N, C] or [C, N].
+        count: Number of items N.
+
+    Returns:
+        [N, C]; as it stands where neither side fits; None if the array is no matrix of numbers.
+    """
+    if isinstance(value, Pictures) or value.dtype.kind not in "biuf" or value.ndim != 2:
+        return None
+    return value.T if value.shape[0] != count and value.shape[1] == count else value
+
+
+class _NotTextError(Exception):
+    """A cell holds numbers."""
+
+
+def _strings(cell: Any) -> Iterator[str]:
+    """All texts of a cell, of cells in it, or of a row, without blanks around them."""
+    if isinstance(cell, bytes):
+        cell = cell.decode("utf-8", "replace")
+    if isinstance(cell, str):
+        yield cell.strip("\0 \t\r\n")
+    elif isinstance(cell, np.ndarray) and (cell.dtype.kind in "OUS" or cell.size == 0):
+        for part in cell.reshape(-1).tolist():
+            yield from _strings(part)
+    else:
+        raise _NotTextError
+
+
+def _choose(path: Path, keys: Sequence[str], names: Sequence[str]) -> str:
+    for key in keys:
+        if key in names:
+            return key
+    has = ", ".join(sorted(names)) or "no variable"
+    raise UserError(f"{path} has none of the variables {', '.join(keys)}, but {has}; rename the variable or the file")
+
+
+def _pictures_or(value: Array) -> Array | Pictures:
+    """Four-dimensional uint8 arrays as pictures: [N, H, W, 3], or [H, W, 3, N] as MATLAB users stack them."""
+    if value.ndim != 4:
+        return value
+    if value.dtype != np.uint8 or 3 not in (value.shape[-1], value.shape[2]):
+        raise UserError(
+            f"an array of shape {value.shape}, {value.dtype}, is no stack of RGB pictures ([N, H, W, 3] uint8)"
+        )
+    return PictureArray(value if value.shape[-1] == 3 else value.transpose(3, 0, 1, 2))
+
+
+# ---------------------------------------------------------------------------------------------- MATLAB v7.3
+
+
+def _read_hdf5(path: Path, keys: Sequence[str], text: bool) -> Variable:
+    """HDF5 lists dimensions in the opposite order; values are turned back to MATLAB's."""
+    with h5py.File(path, "r") as file:
+        key = _choose(path, keys, [name for name in file if not name.startswith("#")])
+        data = file[key]
+        if not isinstance(data, h5py.Dataset):
+            raise UserError(f"{path} ({key}) is a structure, not an array; save it as a plain or cell array")
+        if data.ndim == 4:
+            number_first = data.shape[1] == 3
+            if data.dtype != np.uint8 or not (number_first or data.shape[0] == 3):
+                raise UserError(
+                    f"{path} ({key}) has shape {data.shape}, {data.dtype}: no stack of RGB pictures, [N, 3, W, H] uint8"
+                )
+            count = data.shape[0] if number_first else data.shape[3]
+            return Variable(path, key, PictureVolume(path, key, number_first, count))
+        return Variable(path, key, _hdf5_value(file, data, text))
+
+
+def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool) -> Array:
+    kind = data.attrs.get("MATLAB_class", b"")
+    kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+    if data.attrs.get("MATLAB_empty", 0):
+        return np.array([], dtype=np.str_)
+    if h5py.check_string_dtype(data.dtype) is not None:
+        return np.asarray(data.asstr()[()], dtype=object)
+    value = np.asarray(data[()]).T
+    if h5py.check_ref_dtype(data.dtype) is not None:
+        cells = np.empty(value.shape, dtype=object)
+        for place in tqdm(
+            np.ndindex(value.shape), total=value.size, desc=f"cells of {data.name}", disable=value.size < 50_000
+        ):
+            cells[place] = _hdf5_value(file, file[value[place]], text)
+        return cells
+    if kind == "char" or (text and not kind and value.dtype in (np.uint16, np.uint32)):
+        return _characters(value)
+    return value
+
+
+def _characters(codes: Array) -> Array:
+    """Character codes [..., length] -> strings [...]."""
+    if codes.ndim == 0:
+        codes = codes.reshape(1, 1)
+    encoding = {1: "utf-8", 2: "utf-16-le", 4: "utf-32-le"}[codes.dtype.itemsize]
+    rows = codes.reshape(-1, codes.shape[-1])
+    texts = [row.astype(row.dtype.newbyteorder("<")).tobytes().decode(encoding, "replace") for row in rows]
+    return np.array(texts, dtype=object).reshape(codes.shape[:-1])

@@ -1,0 +1,224 @@
+"""Where pictures come from: files named by an index, or arrays inside a .mat or .npy file."""
+
+import os
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from common.errors import UserError
+
+# Pictures beyond Pillow's limit are refused in `PictureFiles.read`; its own warning would only be a second line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class Pictures(ABC):
+    """Reads pictures by number. Instances travel to worker processes, so they hold no open file."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    @abstractmethod
+    def read(self, number: int) -> Image.Image:
+        """Reads and decodes one picture.
+
+        Returns:
+            The picture in RGB.
+
+        Raises:
+            UserError: If it is missing, broken, or not a picture.
+        """
+
+
+class PictureFiles(Pictures):
+    """Picture files.
+
+    Args:
+        paths: One file per picture.
+        place: What lists them, for messages: the index file.
+    """
+
+    def __init__(self, paths: Sequence[str], place: str) -> None:
+        self.paths = np.array(paths, dtype=np.str_)  # one block: worker processes share it without copying
+        self.place = place
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.paths)
+
+    def read(self, number: int) -> Image.Image:
+        """As `Pictures.read`. EXIF rotation is not applied, as in the papers' code."""
+        path = str(self.paths[number])
+        where = f"picture {path} (row {number} of {self.place})"
+        limit = Image.MAX_IMAGE_PIXELS
+        try:
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if limit is not None and width * height > limit:
+                    raise Image.DecompressionBombError
+                return picture.convert("RGB")
+        except FileNotFoundError:
+            raise UserError(f"{where} is missing; fetch it again, or set dataset.image_root to its folder") from None
+        except UnidentifiedImageError:
+            raise UserError(f"{where} is not a picture; replace it, or remove its row from all files") from None
+        except Image.DecompressionBombError:
+            raise UserError(
+                f"{where} has more than {limit} pixels, which may be an attack on memory (decompression bomb); "
+                "scale it down, or remove its row from all files"
+            ) from None
+        except Exception as error:  # decoders of broken files raise whatever they stumble over
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{where} is truncated or broken ({why}); fetch it again, or remove its row from all files"
+            ) from None
+
+
+class PictureArray(Pictures):
+    """Pictures inside an array.
+
+    Args:
+        pixels: [N, H, W, 3] uint8.
+    """
+
+    def __init__(self, pixels: npt.NDArray[np.uint8]) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.pixels)
+
+    def read(self, number: int) -> Image.Image:
+        """As `Pictures.read`."""
+        return Image.fromarray(np.ascontiguousarray(self.pixels[number]))
+
+
+class PictureVolume(Pictures):
+    """Pictures inside a MATLAB v7.3 file, read one at a time: such files may exceed memory.
+
+    Args:
+        path: The HDF5 file.
+        key: Name of its dataset, [N, 3, W, H] or, turned around, [3, W, H, N], uint8.
+        number_first: Which of the two.
+        count: Number of pictures N.
+    """
+
+    def __init__(self, path: Path, key: str, number_first: bool, count: int) -> None:
+        self.path = path
+        self.key = key
+        self.number_first = number_first
+        self.count = count
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return self.count
+
+    def read(self, number: int) -> Image.Image:
+        """As `Pictures.read`."""
+        try:
+            data = _volume(str(self.path), self.key, os.getpid())
+            pixels = data[number] if self.number_first else data[..., number]  # [3, W, H]
+        except (OSError, KeyError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(
+                f"picture {number} of {self.path} ({self.key}) cannot be read ({why}); fetch the file again"
+            ) from None
+        return Image.fromarray(np.ascontiguousarray(np.asarray(pixels).transpose(2, 1, 0)))
+
+
+class JoinedPictures(Pictures):
+    """Pictures of one source, then those of another.
+
+    Args:
+        first: Pictures 0 to len(first) - 1.
+        second: The pictures after them.
+    """
+
+    def __init__(self, first: Pictures, second: Pictures) -> None:
+        self.first = first
+        self.second = second
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.first) + len(self.second)
+
+    def read(self, number: int) -> Image.Image:
+        """As `Pictures.read`."""
+        before = len(self.first)
+        return self.first.read(number) if number < before else self.second.read(number - before)
+
+
+@cache
+def _volume(path: str, key: str, process: int) -> h5py.Dataset:
+    """The dataset, opened once a process: an HDF5 handle must not be used across a fork."""
+    return h5py.File(path, "r")[key]
+
+
+def resolve_paths(index: Sequence[str], root: Path, place: str) -> list[str]:
+    """Finds the files that an index names, wherever the index was written.
+
+    Tries the longest end of each path that exists under `root`, so paths with foreign prefixes are found: of
+    `/home/them/coco/train2017/1.jpg` first `home/them/coco/train2017/1.jpg`, then `them/coco/...`, at last `1.jpg`; and
+    finally an absolute path as it stands.
+
+    Args:
+        index: Paths, relative or absolute, with `/` or a backslash.
+        root: The folder.
+        place: What lists them, for messages.
+
+    Returns:
+        One path per entry.
+
+    Raises:
+        UserError: If a file is missing, or two entries lead to one file.
+    """
+    found: list[str] = []
+    missing: list[int] = []
+    owner: dict[str, str] = {}
+    folders: dict[str, list[str]] = {}  # folder as the index writes it -> where it may be, the likeliest first
+    for row, entry in enumerate(index):
+        folder, name = re.fullmatch(r"(.*?)([^/\\]*)", entry, re.DOTALL).groups()  # type: ignore[union-attr]
+        if folder not in folders:
+            folders[folder] = list(_candidates(folder, root))
+        path = next((os.path.join(there, name) for there in folders[folder] if name in _names(there)), None)
+        if path is None:
+            missing.append(row)
+            continue
+        if owner.setdefault(path, entry) != entry:
+            raise UserError(
+                f"{place}: {owner[path]!r} and {entry!r} both lead to {path}; set dataset.image_root to the folder "
+                "that the paths of the index start from"
+            )
+        found.append(path)
+    _names.cache_clear()
+    if missing:
+        raise UserError(
+            f"{place}: picture {index[missing[0]]!r} (row {missing[0]}) is not under {root}; {len(missing)} of "
+            f"{len(index)} pictures are missing: set dataset.image_root to the folder that holds them, or fetch them"
+        )
+    return found
+
+
+def _candidates(folder: str, root: Path) -> Iterator[str]:
+    """Folders that exist and may stand for `folder`."""
+    parts = [part for part in re.split(r"[/\\]+", folder) if part not in ("", ".", "..")]
+    for start in range(len(parts) + 1):
+        candidate = os.path.join(root, *parts[start:])
+        if os.path.isdir(candidate):
+            yield candidate
+    if os.path.isabs(folder) and os.path.isdir(folder):
+        yield folder
+
+
+@cache
+def _names(folder: str) -> frozenset[str]:
+    """Names in a folder: one listing instead of a look at every file."""
+    with os.scandir(folder) as entries:
+        return frozenset(entry.name for entry in entries)

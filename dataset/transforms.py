@@ -1,0 +1,176 @@
+"""From a decoded picture to the model's input: geometry on uint8, one picture at a time or a batch at once.
+
+Two paths give the same pixels: Pillow, for pictures read one by one, and two matrix products, for pictures that lie
+side by side on a device. Random choices come in as numbers, see `dataset.draws`.
+"""
+
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dataset.draws import Floats
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, scaled to [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+CROP_TRIES = 10
+CROP_DRAWS = (
+    2 * CROP_TRIES + 3
+)  # numbers that one random crop takes: tries of (area, ratio), two for the place, the flip
+
+
+class View(Enum):
+    """What a picture is turned into."""
+
+    CROPPED = "shorter side to R, centre crop"  # training in the papers' code
+    SQUASHED = "resized to R x R"  # evaluation
+    RANDOM = "random crop and flip, resized to R x R"  # training with dataset.augment
+
+
+def cropped(picture: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to `size` pixels (bicubic) and cuts out the centre.
+
+    Source:
+        Training transform of DCMHT, MITH, DSPH, DNPH; equals torchvision's Resize and CenterCrop.
+    """
+    width, height = picture.size
+    if width <= height:
+        width, height = size, int(size * height / width)
+    else:
+        width, height = int(size * width / height), size
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def squashed(picture: Image.Image, size: int) -> Image.Image:
+    """Resizes to `size` x `size` pixels (bicubic), the aspect ratio not kept."""
+    return picture.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def random_crop(picture: Image.Image, draws: Floats, size: int) -> Image.Image:
+    """Cuts out the box of `crop_boxes`, resizes it (bilinear), and mirrors it or not.
+
+    Args:
+        picture: The picture.
+        draws: Numbers in [0, 1), [CROP_DRAWS].
+        size: Side of the result in pixels.
+    """
+    (left, top, right, bottom), flip = crop_boxes(np.array([picture.size]), draws[None])[0], flips(draws[None])[0]
+    box = (int(left), int(top), int(right), int(bottom))
+    picture = picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
+
+
+def flips(draws: Floats) -> npt.NDArray[np.bool_]:
+    """Which pictures are mirrored, each with probability 1/2: [B] from the last of `draws` [B, CROP_DRAWS]."""
+    mirrored: npt.NDArray[np.bool_] = draws[:, -1] < 0.5
+    return mirrored
+
+
+def crop_boxes(sizes: npt.NDArray[np.int64], draws: Floats) -> npt.NDArray[np.int64]:
+    """Boxes of random area (8 % to 100 % of the picture) and aspect ratio (3/4 to 4/3, log-uniform).
+
+    Of ten tries the first that fits into the picture is taken; if none does, the largest central box within the ratios.
+
+    Args:
+        sizes: Width and height of every picture in pixels, [B, 2].
+        draws: Numbers in [0, 1), [B, CROP_DRAWS].
+
+    Returns:
+        Left, top, right, bottom in whole pixels, right and bottom exclusive, [B, 4].
+
+    Source:
+        The distribution of torchvision's RandomResizedCrop, which the unified library trains with.
+    """
+    width, height = sizes[:, :1], sizes[:, 1:]  # [B, 1]
+    area = width * height * (0.08 + 0.92 * draws[:, :CROP_TRIES])
+    ratio = np.exp(np.log(3 / 4) + np.log((4 / 3) / (3 / 4)) * draws[:, CROP_TRIES : 2 * CROP_TRIES])
+    box_width, box_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (box_width >= 1) & (box_width <= width) & (box_height >= 1) & (box_height <= height)
+    rows, first = np.arange(len(sizes)), fits.argmax(axis=1)
+    fallback_width = np.minimum(width, np.rint(height * 4 / 3))[:, 0]
+    fallback_height = np.minimum(height, np.rint(width * 4 / 3))[:, 0]
+    any_fits = fits.any(axis=1)
+    chosen_width = np.where(any_fits, box_width[rows, first], np.maximum(fallback_width, 1))
+    chosen_height = np.where(any_fits, box_height[rows, first], np.maximum(fallback_height, 1))
+    spare_width, spare_height = width[:, 0] - chosen_width, height[:, 0] - chosen_height
+    left = np.where(any_fits, np.floor(draws[:, -3] * (spare_width + 1)), spare_width // 2)
+    top = np.where(any_fits, np.floor(draws[:, -2] * (spare_height + 1)), spare_height // 2)
+    return np.stack([left, top, left + chosen_width, top + chosen_height], axis=1).astype(np.int64)
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """Pixels of a picture in RGB, [3, H, W] uint8."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def view_pixels(picture: Image.Image, view: View, size: int, draws: Floats | None) -> Tensor:
+    """One picture as the model sees it, before normalisation.
+
+    Args:
+        picture: In RGB.
+        view: The transform.
+        size: Side R in pixels.
+        draws: Numbers for `View.RANDOM`, [CROP_DRAWS].
+
+    Returns:
+        Pixels, [3, R, R] uint8.
+    """
+    if draws is not None and view is View.RANDOM:
+        return to_pixels(random_crop(picture, draws, size))
+    return to_pixels(cropped(picture, size) if view is View.CROPPED else squashed(picture, size))
+
+
+def resample(pixels: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> Tensor:
+    """Cuts a box out of every picture of a batch, resizes it and mirrors it or not, as `random_crop` does.
+
+    Resizing is separable and linear: one matrix product over the rows, one over the columns. With whole-pixel boxes it
+    differs from Pillow by less than one grey level of 255, since Pillow rounds twice on the way.
+
+    Args:
+        pixels: Pictures side by side, [B, 3, S, S], grey levels 0 to 255.
+        boxes: Left, top, right, bottom in pixels of `pixels`, fractions allowed, [B, 4] float32.
+        mirrored: Which results are mirrored, [B] bool.
+        size: Side R of the results.
+
+    Returns:
+        Grey levels, not rounded, [B, 3, R, R] float32.
+    """
+    side = pixels.shape[-1]
+    columns = _triangle_weights(boxes[:, 0], boxes[:, 2], side, size)  # [B, R, S]
+    rows = _triangle_weights(boxes[:, 1], boxes[:, 3], side, size)
+    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    cut = rows[:, None] @ pixels.float()  # [B, 3, R, S]
+    return cut @ columns.transpose(1, 2)[:, None]
+
+
+def _triangle_weights(start: Tensor, end: Tensor, side: int, size: int) -> Tensor:
+    """Weight of each of `side` source pixels in each of `size` results, for intervals [B]: [B, size, side].
+
+    A triangle around each result's centre, as wide as the step between results but no narrower than a source pixel;
+    pixels outside the interval do not count.
+    """
+    step = (end - start) / size  # [B]
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step[:, None]  # [B, size]
+    pixel = torch.arange(side, device=start.device)
+    distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1.0)[:, None, None]
+    inside = (pixel + 1 > start[:, None]) & (pixel < end[:, None])  # [B, side]
+    weights = (1.0 - distance).clamp(min=0.0) * inside[:, None]
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Scales grey levels to [0, 1] and standardises the channels with CLIP's mean and deviation.
+
+    Args:
+        pixels: Grey levels 0 to 255 of any dtype, [B, 3, R, R].
+
+    Returns:
+        The model's input, [B, 3, R, R] float32.
+    """
+    mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
+    std = torch.tensor(STD, device=pixels.device)[:, None, None]
+    return pixels.to(torch.float32, copy=True).mul_(1 / (255 * std)).sub_(mean / std)
