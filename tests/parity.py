@@ -287,7 +287,7 @@ def check_bertadam(name: str, cfg: dict[str, Any], arrays: Arrays) -> Iterator[R
     ours = {key: torch.stack(path) for key, path in paths.items()}
     yield compare(name, "given gradients", ours, {key: tensors[f"given/{key}/traj"] for key in ours}, bound)
 
-    schedule = "constant" if cfg["t_total"] <= 0 else cfg["schedule"]
+    schedule: Any = "constant" if cfg["t_total"] <= 0 else cfg["schedule"]
     factors = [scheduled_factor(schedule, step / cfg["t_total"], cfg["warmup"]) for step in steps]
     yield compare(name, "schedule", {"factor": torch.tensor(factors)}, {"factor": tensors["given/schedule"]}, bound)
 

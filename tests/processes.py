@@ -1,5 +1,6 @@
 """Runs a function in several gloo processes, for tests that compare several processes with one."""
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel"])  # paid once a session
 
 
 def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
@@ -26,7 +29,8 @@ def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> 
         ProcessRaisedException: With the traceback of the first process that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (count, folder, function, arguments), nprocs=count)
+        start = mp.start_processes  # type: ignore[attr-defined]  # public, but not exported
+        start(_run, (count, folder, function, arguments), nprocs=count, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
 
 
