@@ -18,7 +18,7 @@ from models.dcmht import (
     tanh_quantization,
 )
 from models.heads import AttentionPairHead, BatchNorm, pair_codes, pair_softmax
-from tests.tiny import SHAPE, assert_same_in_processes, build, pick, rows_of
+from tests.tiny_models import SHAPE, assert_same_in_processes, build, pick, rows_of
 from tests.worked import filled, multi_hot, wave
 
 START = Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1)

@@ -19,7 +19,7 @@ from models.concept_head import (
     concept_positions,
 )
 from models.mith import MITH, MITHConfig
-from tests.tiny import assert_same_in_processes, build, pick, rows_of, section
+from tests.tiny_models import assert_same_in_processes, build, pick, rows_of, section
 from tests.worked import filled, multi_hot, wave
 
 E, K = 64, 8
