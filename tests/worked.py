@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def wave(start: float, rows: int, columns: int) -> Tensor:
-    """`sin(start + 0.7 i + 1.3 j + 0.11 i j)`, [rows, columns] float32."""
+def wave(start: float, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`sin(start + 0.7 i + 1.3 j + 0.11 i j)`, [rows, columns] of the given type."""
     i, j = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (rows, columns)), indexing="ij")
-    return torch.sin(start + 0.7 * i + 1.3 * j + 0.11 * i * j).float()
+    return torch.sin(start + 0.7 * i + 1.3 * j + 0.11 * i * j).to(dtype)
 
 
 def multi_hot(rows: int, classes: int) -> Tensor:
