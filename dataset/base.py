@@ -65,18 +65,21 @@ class Splits:
         return {"query": self.query, "train": self.train, "database": self.database}[split]
 
 
-def make_splits(labels: Tensor, config: SplitConfig) -> Splits:
+def make_splits(labels: Tensor, config: SplitConfig, families: Tensor | None = None) -> Splits:
     """Deals items out by a seeded permutation: first the queries, then the training set; all but queries are searched.
 
     Args:
         labels: Multi-hot labels, [N, C] bool.
         config: Seed and sizes.
+        families: Items with equal numbers are variants of one thing and stay on one side of the query split, [N] int64;
+            None where every item stands for itself.
 
     Returns:
         The splits.
 
     Raises:
-        UserError: If there are fewer items than asked for, or a query has no label (nothing is relevant to it).
+        UserError: If there are fewer items than asked for, a query has no label (nothing is relevant to it), or whole
+            families do not fill the query split.
 
     Source:
         The rule that the released code of DCMHT, MITH, DSPH and DNPH shares; the permutation is NumPy's legacy one.
@@ -88,6 +91,8 @@ def make_splits(labels: Tensor, config: SplitConfig) -> Splits:
             "lower dataset.split.query or dataset.split.train"
         )
     order = torch.from_numpy(np.random.RandomState(config.seed).permutation(count).astype(np.int64))
+    if families is not None:
+        order = _keep_together(order, families, query)
     unlabelled = order[:query][~labels[order[:query]].any(dim=1)]
     if len(unlabelled):
         rows = ", ".join(str(int(row)) for row in unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
@@ -102,6 +107,24 @@ def make_splits(labels: Tensor, config: SplitConfig) -> Splits:
     return Splits(order[:query], order[query : query + train], order[query:], digest.hexdigest()[:12])
 
 
+def _keep_together(order: Tensor, families: Tensor, query: int) -> Tensor:
+    """Moves whole families to the front, in the order in which they turn up, until `query` items are there.
+
+    A family that no longer fits is passed over; both parts keep their order. [N] int64.
+    """
+    sizes = torch.bincount(families).tolist()
+    chosen: list[int] = []
+    room = query
+    for family in dict.fromkeys(families[order].tolist()):
+        if sizes[family] <= room:
+            chosen.append(family)
+            room -= sizes[family]
+    if room:
+        raise UserError(f"whole families of variants do not fill a query split of {query}; change dataset.split.query")
+    front = torch.isin(families[order], torch.tensor(chosen))
+    return torch.cat([order[front], order[~front]])
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a data set reads from its files.
@@ -112,6 +135,7 @@ class Contents:
         captions: The texts of every item; None where there are only word vectors.
         labels: Multi-hot labels, [N, C] bool.
         words: Word vectors that the data set brings along, [N, V] bool; None to build them from the captions.
+        families: Equal numbers mark variants of one thing, which the split keeps together, [N] int64; None: none.
     """
 
     names: Sequence[str]
@@ -119,6 +143,7 @@ class Contents:
     captions: Sequence[Sequence[str]] | None
     labels: Tensor
     words: Tensor | None
+    families: Tensor | None = None
 
 
 class PairedDataset(ABC):
@@ -162,7 +187,7 @@ class PairedDataset(ABC):
         self.names = contents.names
         self.pictures = contents.pictures
         self.labels = contents.labels
-        self.splits = make_splits(contents.labels, config.split)
+        self.splits = make_splits(contents.labels, config.split, contents.families)
         self.picture_shape = (3, config.image_size, config.image_size)
         self.columns: dict[Split, dict[str, Column]] = {}
         captions = contents.captions

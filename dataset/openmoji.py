@@ -2,15 +2,19 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 
+from common.errors import UserError
 from common.registry import DATASETS
 from data.make_openmoji import make
-from dataset.base import PairedConfig
+from dataset.base import Contents, PairedConfig
 from dataset.mat import MatConfig, MatDataset
+from dataset.mat_reader import number_matrix, read_variable
 
 log = logging.getLogger(__name__)
 
@@ -34,3 +38,12 @@ class OpenmojiDataset(MatDataset):
         if not any((root / name).is_file() for name in config.index):
             log.info("data set %s is not in %s: making it (data/make_openmoji.py)", config.name, root)
             make(root, config.picture_size, os.cpu_count() or 1)
+
+    def open(self) -> Contents:
+        """As `PairedDataset.open`, with the families that variants of a drawing (man, woman, person) belong to."""
+        contents = super().open()
+        variable = read_variable(Path(self.config.root) / "family.mat", ("family",))
+        families = number_matrix(variable.value, len(contents.names))
+        if families is None or families.shape != (len(contents.names), 1) or families.min() < 0:
+            raise UserError(f"{variable.place} is not one number per picture; remove {self.config.root} and run again")
+        return replace(contents, families=torch.from_numpy(families[:, 0]).long())

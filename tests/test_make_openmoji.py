@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import torch
 from PIL import Image
 
 from common.config import read_yaml
 from common.errors import UserError
 from data import make_openmoji
-from data.make_openmoji import LABELS, STAMP, Drawing, distinct, label_drawings, make, read_drawings
+from data.make_openmoji import LABELS, SETTINGS, STAMP, Drawing, distinct, label_drawings, make, read_drawings
+from data.mat_files import write_mat
+from dataset.base import SplitConfig, make_splits
+from dataset.openmoji import OpenmojiConfig, OpenmojiDataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -283,3 +288,43 @@ def test_no_rule_of_the_table_is_idle() -> None:
             }
             idle = hit.intersection(rules.get("add", [])) if rule == "add" else set(rules.get("remove", [])) - hit
             assert not idle, f"{label}: {rule} {idle}"
+
+
+@pytest.fixture
+def config(openmoji: Path) -> OpenmojiConfig:
+    settings = read_yaml(SETTINGS.read_text(encoding="utf-8"), SETTINGS.name)["dataset"]
+    return OpenmojiConfig.model_validate(settings | {"root": str(openmoji)})
+
+
+def test_no_query_has_its_twin_in_the_database(openmoji: Path, config: OpenmojiConfig) -> None:
+    splits = OpenmojiDataset(config).splits
+    families = load(openmoji, "family.mat", "family")[:, 0]
+    assert len(splits.query) == config.split.query
+    assert len(splits.query) + len(splits.train) == len(families)
+    assert set(families[splits.query]).isdisjoint(families[splits.database])
+    assert len(set(families[splits.query])) < len(splits.query)  # some families are among the queries, whole
+
+
+def test_every_class_can_be_learned_and_asked_for(config: OpenmojiConfig) -> None:
+    dataset = OpenmojiDataset(config)
+    assert dataset.labels[dataset.splits.train].sum(dim=0).min() >= 20
+    assert dataset.labels[dataset.splits.query].sum(dim=0).min() >= 1
+
+
+def test_the_split_with_families_of_one_is_the_plain_one() -> None:
+    labels, config = torch.ones(50, 3, dtype=torch.bool), SplitConfig(seed=3, query=10, train=40)
+    plain, alone = make_splits(labels, config), make_splits(labels, config, torch.arange(50))
+    assert plain.fingerprint == alone.fingerprint and torch.equal(plain.database, alone.database)
+
+
+def test_families_that_cannot_fill_the_query_split_are_refused() -> None:
+    labels = torch.ones(9, 1, dtype=torch.bool)
+    with pytest.raises(UserError, match="whole families .* query split of 4; change dataset.split.query"):
+        make_splits(labels, SplitConfig(seed=1, query=4, train=5), torch.arange(9) // 3)
+
+
+def test_a_family_file_of_another_form_is_refused(openmoji: Path, config: OpenmojiConfig, tmp_path: Path) -> None:
+    shutil.copytree(openmoji, tmp_path / "copy")
+    write_mat(tmp_path / "copy" / "family.mat", family=np.zeros((7, 2)))
+    with pytest.raises(UserError, match=r"family\.mat \(family\) is not one number per picture; remove .*copy"):
+        OpenmojiDataset(config.model_copy(update={"root": str(tmp_path / "copy")}))
