@@ -290,8 +290,9 @@ def _write(folder: Path, source: Mapping[str, Any], workers: int) -> None:
 
 @contextlib.contextmanager
 def _map(function: Any, arguments: Sequence[str], workers: int) -> Iterator[Iterable[Any]]:
-    """`map` over processes, in order; on one worker in this process."""
-    if workers == 1:
+    """`map` over processes, in order; with one worker, in this process."""
+    workers = min(workers, len(arguments) // 100)  # fewer drawings are not worth starting a process for
+    if workers <= 1:
         yield map(function, arguments)
         return
     # Spawned, not forked: the caller may have started threads (torch), and a forked child would inherit the lock.
