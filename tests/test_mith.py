@@ -249,7 +249,7 @@ def test_bf16_moves_the_loss_little(tmp_path: Path) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = build("MITH", str(tmp_path))(rows_of(), START).loss
     assert mixed.dtype == torch.float32
-    assert float(mixed) == pytest.approx(float(plain), rel=0.05)
+    assert mixed.item() == pytest.approx(plain.item(), rel=0.05)
 
 
 def test_several_processes_train_as_one(tmp_path: Path) -> None:

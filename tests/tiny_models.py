@@ -109,7 +109,7 @@ def train_steps(method: str, cache_dir: str, batches: list[list[int]], overrides
     model.train()
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
     parameters = [p for groups in model.param_groups().values() for group in groups.values() for p in group]
-    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    optimizer = torch.optim.SGD(parameters, lr=1e-4)
     split, losses = rows_of().only(model.fields), []
     for step, batch in enumerate(batches):
         share = [batch[place] for place in torch.arange(len(batch)).tensor_split(world_size())[rank()]]
@@ -118,7 +118,7 @@ def train_steps(method: str, cache_dir: str, batches: list[list[int]], overrides
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        losses.append(float(out.loss))
+        losses.append(out.loss.item())
     return {"losses": losses, "state": {name: value.clone() for name, value in model.state_dict().items()}}
 
 
