@@ -49,7 +49,8 @@ def build_loader(
         device: Where batches go.
         kind: `memory` holds the pictures on the device; `workers` has processes read them.
         workers: Processes of `workers`; 0 reads in this one.
-        caption: Of several captions a random one, a new one each epoch, or the first.
+        caption: Which of several captions `once` gives: a random one, always the same, or the first. `epoch` draws a
+            new one every epoch.
 
     Returns:
         The loader.
@@ -104,7 +105,7 @@ class Loader:
         batch_size: Rows of a global batch.
         seed: Seed of order, augmentation and captions.
         device: Where batches go.
-        caption: Which of several captions.
+        caption: Which of several captions `once` gives.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class Loader:
         pictures: Iterator[list[Tensor]] = self.source.batches(jobs) if self.groups else iter([[] for _ in jobs])
         for job, tensors in zip(jobs, pictures, strict=True):
             draws = torch.zeros(len(job.rows))
-            if self.caption == "random":
+            if purpose is Purpose.TRAIN_CAPTION or self.caption == "random":
                 draws = torch.from_numpy(uniform(self.seed, epoch, purpose, job.rows.numpy(), 1)[:, 0])
             fields = {"index": job.rows.to(self.device, non_blocking=True)}
             for field, column in self.columns.items():

@@ -108,7 +108,7 @@ class MatDataset(PairedDataset):
             texts, _ = _read_captions(path, len(self), IMAGE_CAPTION_KEYS)
         if texts is None:
             raise UserError(f"{path} holds numbers, not sentences; write one caption per picture")
-        _check_lengths({root / "index": self.names, path: texts})
+        _check_lengths({_file(root, self.config.index, "index"): self.names, path: texts})
         captions = Captions(texts, self.config.text_length)
         for split, columns in self.columns.items():
             columns["image_caption"] = CaptionColumn(captions, self.splits.items(split))

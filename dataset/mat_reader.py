@@ -3,7 +3,8 @@
 Nothing in a file is executed: SciPy's reader and HDF5 know only data, and .npy files are read without pickles.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,13 @@ def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Var
         raise UserError(f"{path} is missing; put it there, or name the file in the dataset section")
     try:
         if path.suffix == ".npy":
-            return Variable(path, path.name, _pictures_or(np.load(path, mmap_mode="r", allow_pickle=False)))
+            return Variable(path, path.name, _pictures_or(np.load(path, mmap_mode="r", allow_pickle=False), path))
         if h5py.is_hdf5(path):
             return _read_hdf5(path, keys, text)
         names = [name for name, _, _ in scipy.io.whosmat(path)]
         key = _choose(path, keys, names)
         value = scipy.io.loadmat(path, variable_names=[key])[key]
-        return Variable(path, key, _pictures_or(value.toarray() if scipy.sparse.issparse(value) else value))
+        return Variable(path, key, _pictures_or(value.toarray() if scipy.sparse.issparse(value) else value, path))
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise whatever they stumble over
@@ -141,13 +142,13 @@ def _choose(path: Path, keys: Sequence[str], names: Sequence[str]) -> str:
     raise UserError(f"{path} has none of the variables {', '.join(keys)}, but {has}; rename the variable or the file")
 
 
-def _pictures_or(value: Array) -> Array | Pictures:
+def _pictures_or(value: Array, path: Path) -> Array | Pictures:
     """Four-dimensional uint8 arrays as pictures: [N, H, W, 3], or [H, W, 3, N] as MATLAB users stack them."""
     if value.ndim != 4:
         return value
     if value.dtype != np.uint8 or 3 not in (value.shape[-1], value.shape[2]):
         raise UserError(
-            f"an array of shape {value.shape}, {value.dtype}, is no stack of RGB pictures ([N, H, W, 3] uint8)"
+            f"{path}: an array of shape {value.shape}, {value.dtype}, is no stack of RGB pictures, [N, H, W, 3] uint8"
         )
     return PictureArray(value if value.shape[-1] == 3 else value.transpose(3, 0, 1, 2))
 
@@ -189,8 +190,16 @@ def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool) -> Array:
             cells[place] = _hdf5_value(file, file[value[place]], text)
         return cells
     if kind == "char" or (text and not kind and value.dtype in (np.uint16, np.uint32)):
-        return _characters(value)
+        return _characters(_unrolled(value, data.attrs))
     return value
+
+
+def _unrolled(codes: Array, attributes: Mapping[str, Any]) -> Array:
+    """Undoes what hdf5storage does to NumPy's string arrays: it lays all strings out in one row."""
+    stored = re.fullmatch(r"str(\d+)", np.bytes_(attributes.get("Python.numpy.UnderlyingType", b"")).decode())
+    if stored is None or "Python.Shape" not in attributes or not codes.size:
+        return codes
+    return codes.reshape(*attributes["Python.Shape"], int(stored[1]) // 32)  # 32 bits to a character
 
 
 def _characters(codes: Array) -> Array:

@@ -29,7 +29,7 @@ class Holding:
         device: Where.
 
     Attributes:
-        pixels: [n, 3, S, S] uint8; filled by `PictureMemory.fill`.
+        pixels: [n, 3, S, S] uint8, for `View.RANDOM` [n, S, S, 3]; filled by `PictureMemory.fill`.
         sizes: Width and height of the pictures before the view, [n, 2] int64.
         full: Whether `pixels` is filled.
     """
@@ -37,7 +37,9 @@ class Holding:
     def __init__(self, numbers: Tensor, view: View, side: int, device: torch.device) -> None:
         self.numbers = numbers
         self.view = view
-        self.pixels = torch.empty(len(numbers), 3, side, side, dtype=torch.uint8, device=device)
+        self.side = side
+        shape = (side, side, 3) if view is View.RANDOM else (3, side, side)
+        self.pixels = torch.empty(len(numbers), *shape, dtype=torch.uint8, device=device)
         self.sizes = torch.zeros(len(numbers), 2, dtype=torch.int64)
         self.full = False
 
@@ -95,12 +97,11 @@ class PictureMemory:
             picture = self.pictures.read(number)
             views: list[Tensor] = []
             for holding, place in places[number]:
-                side = holding.pixels.shape[-1]
                 holding.sizes[place] = torch.tensor(picture.size)
                 if holding.view is View.RANDOM:
-                    views.append(to_pixels(squashed(picture, side)))
+                    views.append(to_pixels(squashed(picture, holding.side)))
                 else:
-                    views.append(view_pixels(picture, holding.view, side, None))
+                    views.append(view_pixels(picture, holding.view, holding.side, None))
             return views
 
         numbers = sorted(places)
@@ -179,9 +180,15 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":  # a container may have less than the machine
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    free = _numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
+    group = Path("/sys/fs/cgroup")  # a container may have less than the machine
+    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+    if limit != "max":
+        used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["inactive_file"]
+        free = min(free, int(limit) - used)
     return free
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """First number of every line, by the line's first word."""
+    return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}

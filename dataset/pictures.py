@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -115,6 +116,10 @@ class PictureVolume(Pictures):
         self.key = key
         self.number_first = number_first
         self.count = count
+        self._opened: tuple[int, h5py.Dataset] | None = None  # process that opened it, and the handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -123,7 +128,9 @@ class PictureVolume(Pictures):
     def read(self, number: int) -> Image.Image:
         """As `Pictures.read`."""
         try:
-            data = _volume(str(self.path), self.key, os.getpid())
+            if self._opened is None or self._opened[0] != os.getpid():  # a handle must not be used across a fork
+                self._opened = os.getpid(), h5py.File(self.path, "r")[self.key]
+            data = self._opened[1]
             pixels = data[number] if self.number_first else data[..., number]  # [3, W, H]
         except (OSError, KeyError) as error:
             why = " ".join(str(error).split())
@@ -153,12 +160,6 @@ class JoinedPictures(Pictures):
         """As `Pictures.read`."""
         before = len(self.first)
         return self.first.read(number) if number < before else self.second.read(number - before)
-
-
-@cache
-def _volume(path: str, key: str, process: int) -> h5py.Dataset:
-    """The dataset, opened once a process: an HDF5 handle must not be used across a fork."""
-    return h5py.File(path, "r")[key]
 
 
 def resolve_paths(index: Sequence[str], root: Path, place: str) -> list[str]:

@@ -67,12 +67,7 @@ def _encode(text: str, room: int) -> list[int]:
     else:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         words = regex.sub(r"\s+", " ", text).strip().lower().split(" ")
-    ids: list[int] = []
-    for word in words:
-        ids.extend(_word_ids(word))
-        if len(ids) >= room:
-            break
-    return ids[:room]
+    return list(chain.from_iterable(map(_word_ids, words[:room])))[:room]  # a word has at least one piece
 
 
 @lru_cache(maxsize=2**18)

@@ -1,14 +1,16 @@
 """From a decoded picture to the model's input: geometry on uint8, one picture at a time or a batch at once.
 
-Two paths give the same pixels: Pillow, for pictures read one by one, and two matrix products, for pictures that lie
-side by side on a device. Random choices come in as numbers, see `dataset.draws`.
+Two paths give the same pixels: Pillow, for pictures read one by one, and weighted sums over a whole batch, for
+pictures that lie side by side on a device. Random choices come in as numbers, see `dataset.draws`.
 """
 
+import math
 from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -103,8 +105,8 @@ def crop_boxes(sizes: npt.NDArray[np.int64], draws: Floats) -> npt.NDArray[np.in
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
-    """Pixels of a picture in RGB, [3, H, W] uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    """Grey levels of a picture in RGB, [H, W, 3] uint8."""
+    return torch.from_numpy(np.array(picture))
 
 
 def view_pixels(picture: Image.Image, view: View, size: int, draws: Floats | None) -> Tensor:
@@ -120,46 +122,54 @@ def view_pixels(picture: Image.Image, view: View, size: int, draws: Floats | Non
         Pixels, [3, R, R] uint8.
     """
     if draws is not None and view is View.RANDOM:
-        return to_pixels(random_crop(picture, draws, size))
-    return to_pixels(cropped(picture, size) if view is View.CROPPED else squashed(picture, size))
+        picture = random_crop(picture, draws, size)
+    else:
+        picture = cropped(picture, size) if view is View.CROPPED else squashed(picture, size)
+    return to_pixels(picture).permute(2, 0, 1)
 
 
-def resample(pixels: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> Tensor:
+def resample(pictures: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> Tensor:
     """Cuts a box out of every picture of a batch, resizes it and mirrors it or not, as `random_crop` does.
 
-    Resizing is separable and linear: one matrix product over the rows, one over the columns. With whole-pixel boxes it
-    differs from Pillow by less than one grey level of 255, since Pillow rounds twice on the way.
+    Resizing is separable: first rows are averaged, then columns, each with a few weights per result. With whole-pixel
+    boxes it differs from Pillow by at most one grey level of 255, since Pillow rounds twice on the way.
 
     Args:
-        pixels: Pictures side by side, [B, 3, S, S], grey levels 0 to 255.
-        boxes: Left, top, right, bottom in pixels of `pixels`, fractions allowed, [B, 4] float32.
+        pictures: Pictures side by side, [B, S, S, 3], grey levels 0 to 255.
+        boxes: Left, top, right, bottom in pixels of `pictures`, fractions allowed, [B, 4] float32.
         mirrored: Which results are mirrored, [B] bool.
         size: Side R of the results.
 
     Returns:
         Grey levels, not rounded, [B, 3, R, R] float32.
     """
-    side = pixels.shape[-1]
-    columns = _triangle_weights(boxes[:, 0], boxes[:, 2], side, size)  # [B, R, S]
-    rows = _triangle_weights(boxes[:, 1], boxes[:, 3], side, size)
+    batch, side = pictures.shape[:2]
+    rows, row_weights = _triangles(boxes[:, 1], boxes[:, 3], side, size)
+    columns, column_weights = _triangles(boxes[:, 0], boxes[:, 2], side, size)
     columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-    cut = rows[:, None] @ pixels.float()  # [B, 3, R, S]
-    return cut @ columns.transpose(1, 2)[:, None]
+    column_weights = torch.where(mirrored[:, None, None], column_weights.flip(1), column_weights)
+    lines = pictures.float().reshape(batch * side, side * 3)
+    lines = F.embedding_bag(rows.flatten(0, 1), lines, mode="sum", per_sample_weights=row_weights.flatten(0, 1))
+    lines = lines.view(batch, size, side, 3).transpose(1, 2).reshape(batch * side, size * 3)
+    lines = F.embedding_bag(columns.flatten(0, 1), lines, mode="sum", per_sample_weights=column_weights.flatten(0, 1))
+    return lines.view(batch, size, size, 3).permute(0, 3, 2, 1).contiguous()  # from [B, column, row, 3]
 
 
-def _triangle_weights(start: Tensor, end: Tensor, side: int, size: int) -> Tensor:
-    """Weight of each of `side` source pixels in each of `size` results, for intervals [B]: [B, size, side].
+def _triangles(start: Tensor, end: Tensor, side: int, size: int) -> tuple[Tensor, Tensor]:
+    """Which source pixels make up each of `size` results on intervals [B], and their weights, both [B, size, taps].
 
-    A triangle around each result's centre, as wide as the step between results but no narrower than a source pixel;
-    pixels outside the interval do not count.
+    Weights fall off linearly from each result's centre, over the step between results but no less than a pixel;
+    pixels outside the interval do not count. Pixels are numbered through the batch, `side` to each picture.
     """
-    step = (end - start) / size  # [B]
-    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step[:, None]  # [B, size]
-    pixel = torch.arange(side, device=start.device)
-    distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1.0)[:, None, None]
-    inside = (pixel + 1 > start[:, None]) & (pixel < end[:, None])  # [B, side]
-    weights = (1.0 - distance).clamp(min=0.0) * inside[:, None]
-    return weights / weights.sum(dim=-1, keepdim=True)
+    step = ((end - start) / size)[:, None, None]  # [B, 1, 1]
+    reach = step.clamp(min=1.0)
+    centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * step  # [B, size, 1]
+    taps = math.ceil(2 * max(1.0, side / size)) + 1
+    pixel = (centre - reach + 0.5).floor() + torch.arange(taps, device=start.device)
+    inside = (pixel + 1 > start[:, None, None]) & (pixel < end[:, None, None])
+    weights = (1.0 - (pixel + 0.5 - centre).abs() / reach).clamp(min=0.0) * inside
+    picture = torch.arange(len(start), device=start.device)[:, None, None] * side
+    return picture + pixel.clamp(0, side - 1).long(), weights / weights.sum(dim=-1, keepdim=True)
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""Small data sets in .mat files, for the tests of reading and loading."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.io
+from PIL import Image
+
+from dataset.mat import MatConfig, MatDataset
+
+ITEMS = 24
+SETTINGS: dict[str, Any] = {
+    "name": "small",
+    "type": "mat",
+    "image_root": None,
+    "index": ["index.mat"],
+    "captions": ["caption.mat", "caption.txt"],
+    "labels": ["label.mat"],
+    "image_captions": ["image_caption.mat", "image_caption.txt", "image_caption.jsonl"],
+    "split": {"seed": 3, "query": 6, "train": 10},
+    "image_size": 16,
+    "augment": False,
+    "stored_size": 24,
+    "text_length": 12,
+    "vocabulary": 5,
+    "query_counterpart": "text_only",
+    "counterpart_images": None,
+    "counterpart_captions": None,
+}
+
+
+def smooth_picture(number: int, width: int, height: int) -> Image.Image:
+    """A picture without sharp edges, like a photograph scaled down; every number another one."""
+    draw = np.random.default_rng(number)
+    coarse = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def captions_of(number: int) -> list[str]:
+    """One to three captions."""
+    return [f"picture number {number} shows a cat", "a dog and a cat", f"{number} birds"][: 1 + number % 3]
+
+
+def cells(rows: Sequence[Any]) -> Any:
+    """A cell array, as SciPy writes it."""
+    array = np.empty(len(rows), dtype=object)
+    for number, row in enumerate(rows):
+        array[number] = row
+    return array
+
+
+def labels_of(items: int = ITEMS) -> Any:
+    """Multi-hot labels [items, 4] int8; every row has one or more."""
+    rows, columns = np.ogrid[:items, :4]
+    return (((rows + columns) % 3 == 0) | (rows % 4 == columns)).astype(np.int8)
+
+
+def write(root: Path, items: int = ITEMS, width: int = 24, height: int = 24) -> Path:
+    """Writes pictures, index, captions and labels."""
+    (root / "images").mkdir(parents=True)
+    names = [f"images/{number}.png" for number in range(items)]
+    for number, name in enumerate(names):
+        smooth_picture(number, width, height).save(root / name)
+    scipy.io.savemat(root / "index.mat", {"index": names})
+    scipy.io.savemat(root / "caption.mat", {"caption": cells([captions_of(number) for number in range(items)])})
+    scipy.io.savemat(root / "label.mat", {"category": labels_of(items)})
+    return root
+
+
+def config(root: Path, **values: Any) -> MatConfig:
+    """The settings of the small data set, some replaced."""
+    return MatConfig.model_validate({**SETTINGS, "root": str(root), **values})
+
+
+def opened(root: Path, **values: Any) -> MatDataset:
+    """The small data set, open."""
+    return MatDataset(config(root, **values))

@@ -1,0 +1,132 @@
+"""Splits, columns, draws: what every data set shares."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from dataset.base import SplitConfig, make_splits
+from dataset.draws import Purpose, permutation, uniform
+from dataset.texts import Captions, WordVectors
+from dataset.tokenizer import tokenize
+from tests import datasets
+
+
+@pytest.mark.parametrize(
+    ("seed", "count", "first", "last"),
+    [
+        (1814, 24581, [21572, 1377, 336, 2853, 24194, 8676], [10265, 22400, 24065]),
+        (1814, 195834, [57723, 167302, 18799, 22944, 102189, 93328], [43053, 43033, 91702]),
+        (1814, 122218, [110374, 106988, 64378, 99951, 94930, 44562], [91702, 120704, 89601]),
+        (1, 20015, [11550, 16587, 6189, 5542, 4365, 12141], [5192, 12172, 235]),
+        (1, 190421, [114085, 13813, 155323, 21038, 143234, 176457], [50057, 5192, 128037]),
+        (1, 122218, [89146, 35722, 24652, 90025, 51044, 4262], [5192, 77708, 98539]),
+    ],
+)
+def test_splits_are_those_of_the_papers(seed, count, first, last):
+    splits = make_splits(torch.ones(count, 1, dtype=torch.bool), SplitConfig(seed=seed, query=5000, train=10000))
+    assert splits.query[:6].tolist() == first
+    assert splits.database[-3:].tolist() == last
+    assert (len(splits.query), len(splits.train), len(splits.database)) == (5000, 10000, count - 5000)
+    assert torch.equal(splits.train, splits.database[:10000])
+    assert torch.cat([splits.query, splits.database]).sort().values.equal(torch.arange(count))
+
+
+def test_fingerprint_changes_with_labels_seed_and_sizes_only():
+    labels = torch.ones(20, 3, dtype=torch.bool)
+
+    def fingerprint(labels=labels, seed=1, query=4, train=8):
+        return make_splits(labels, SplitConfig(seed=seed, query=query, train=train)).fingerprint
+
+    other = labels.clone()
+    other[13, 1] = False
+    assert fingerprint() == fingerprint(labels.clone())
+    assert (
+        len({fingerprint(), fingerprint(other), fingerprint(seed=2), fingerprint(query=5), fingerprint(train=9)}) == 5
+    )
+
+
+@pytest.mark.parametrize(("query", "train"), [(15, 6), (21, 1), (20, 1)])
+def test_more_pairs_asked_for_than_there_are(query, train):
+    with pytest.raises(UserError, match=rf"{query} query and {train} train pairs, but there are 20") as error:
+        make_splits(torch.ones(20, 2, dtype=torch.bool), SplitConfig(seed=1, query=query, train=train))
+    assert "\n" not in str(error.value)
+
+
+def test_query_without_a_label_is_named():
+    config = SplitConfig(seed=1, query=5, train=10)
+    labels = torch.ones(20, 2, dtype=torch.bool)
+    query = make_splits(labels, config).query
+    labels[query[1]] = False
+    with pytest.raises(UserError, match=rf"1 pairs of the query split have no label.*rows {int(query[1])} "):
+        make_splits(labels, config)
+    labels[:] = True
+    labels[make_splits(labels, config).database] = False  # elsewhere it is allowed
+    make_splits(labels, config)
+
+
+def test_draws_depend_on_each_argument_and_on_no_other_row():
+    rows = np.arange(500)
+    base = uniform(1, 0, Purpose.AUGMENT, rows, 3)
+    assert base.shape == (500, 3)
+    assert np.array_equal(uniform(1, 0, Purpose.AUGMENT, rows[[7, 3]], 3), base[[7, 3]])
+    for other in (
+        uniform(2, 0, Purpose.AUGMENT, rows, 3),
+        uniform(1, 1, Purpose.AUGMENT, rows, 3),
+        uniform(1, 0, Purpose.TRAIN_CAPTION, rows, 3),
+    ):
+        assert not np.isin(base, other).any()
+    assert np.unique(base).size == base.size
+
+
+def test_draws_are_uniform_and_independent():
+    drawn = uniform(9, 4, Purpose.AUGMENT, np.arange(20000), 4)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    histogram = np.stack([np.histogram(column, bins=10, range=(0, 1))[0] for column in drawn.T])
+    assert np.abs(histogram - 2000).max() < 5 * np.sqrt(2000)
+    correlation = np.corrcoef(np.concatenate([drawn.T, np.roll(drawn.T, 1, axis=1)])) - np.eye(8)
+    assert np.abs(correlation).max() < 0.04
+
+
+def test_the_largest_seed_works():
+    assert sorted(permutation(2**32 - 1, 10**6, 50)) == list(range(50))
+
+
+def test_permutation_is_one_and_changes_every_epoch():
+    orders = [permutation(5, epoch, 1000) for epoch in range(3)]
+    assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
+    assert not any(np.array_equal(orders[a], orders[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+    assert np.array_equal(orders[1], permutation(5, 1, 1000))
+
+
+def test_captions_choose_by_draw():
+    captions = Captions([["one", "two", "three"], ["four"], []], 8)
+    expected = tokenize(["one", "two", "three", "four", ""], 8)
+    items = torch.tensor([0, 0, 0, 0, 1, 2])
+    rows = captions.rows(items, torch.tensor([0.0, 0.34, 0.67, 0.999999, 0.9, 0.9], dtype=torch.float64))
+    assert torch.equal(rows, expected[[0, 1, 2, 2, 3, 4]])
+    assert rows.dtype == torch.int64
+
+
+def test_word_vectors_follow_a_worked_example():
+    texts = [["A cat, a CAT!", "the dog"], ["dog ox x"], [""], ["the ox and the cat"]]
+    words = WordVectors(texts, 4)
+    assert words.vocabulary == ["cat", "the", "dog", "ox"]  # 3, 3, 2, 2; `a` and `x` have one letter; `and` has one
+    rows = words.rows(torch.tensor([3, 0, 2, 1]))
+    assert rows.tolist() == [[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 1]]
+    with pytest.raises(UserError, match=r"vocabulary is 6, but the captions have 5"):
+        WordVectors(texts, 6).rows(torch.tensor([0]))
+
+
+def test_offers_and_require(tmp_path):
+    data = datasets.opened(datasets.write(tmp_path / "data"))
+    assert len(data) == datasets.ITEMS
+    assert data.labels.dtype == torch.bool
+    shapes = {"image": (3, 16, 16), "labels": (4,), "text": (12,), "bag_of_words": (5,)}
+    assert all(data.offers(split) == shapes for split in ("query", "train", "database"))
+    data.require("train", frozenset(shapes) | {"index"})
+    with pytest.raises(UserError, match=r"small has no 'depth' for the train split; it offers image, labels"):
+        data.require("train", frozenset({"depth"}))
+    with pytest.raises(UserError, match=r"no 'image_caption' .*put one of image_caption.mat, image_caption.txt"):
+        data.require("query", frozenset({"image_caption"}))
