@@ -15,20 +15,19 @@ For k = all, `relevant` and `top` are the same number. A query without a relevan
 left out of means, and counted.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranking import Ranking, rank_and_measure
 
 Definition = Literal["relevant", "top", "expected"]
 Cutoff = int | Literal["all"]
-
-_PAIRS_OF_A_BLOCK = 1 << 22  # pairs ranked at a time: about 200 MB
+Measure = Callable[[Ranking], Tensor]  # [q] float64
 
 
 # ---------------------------------------------------------------------------------------------- the metrics
@@ -62,10 +61,9 @@ def average_precision(
         `relevant`: DCMHT's and MITH's released evaluation; `top`: JDSH's; `expected`: McSherry and Najork, ECIR 2008,
         Section 3.
     """
-    measure = _average_precision(definition)
-    cut = _rank_cut("all" if k is None else k, len(database_codes))
-    pairs = _Pairs(query_codes, database_codes, query_labels, database_labels)
-    return pairs.measure(lambda block: measure(block, cut).unsqueeze(1)).squeeze(1)
+    _check(query_codes, database_codes, query_labels, database_labels)
+    measure = _average_precision(definition, "all" if k is None else k, len(database_codes))
+    return _measure_all((query_codes, database_codes), (query_labels, database_labels), [measure]).squeeze(1)
 
 
 def map_at_k(
@@ -139,53 +137,118 @@ def retrieval_report(
         ValueError: As `average_precision`.
         UserError: If no query has a relevant item.
     """
-    columns: dict[str, Callable[[_RankedBlock], Tensor]] = {}
-    size = len(database_codes)
+    _check(query_codes, database_codes, query_labels, database_labels)
+    size, most_shared = len(database_codes), int(query_labels.sum(dim=1).max())
+    measures: dict[str, Measure] = {}
     for cutoff in cutoffs:
-        cut = _rank_cut(cutoff, size)
         for definition in definitions:
-            measure = _average_precision(definition)
-            columns[metric_name(cutoff, definition)] = lambda block, cut=cut, measure=measure: measure(block, cut)
-    for cutoff in cutoffs:
-        cut = _rank_cut(cutoff, size)
-        columns[f"NDCG@{cutoff}"] = lambda block, cut=cut: _ndcg(block, cut)
+            measures[metric_name(cutoff, definition)] = _average_precision(definition, cutoff, size)
+        measures[f"NDCG@{cutoff}"] = _ndcg(cutoff, size, most_shared, query_codes.device)
         if cutoff != "all":
-            columns[f"P@{cutoff}"] = lambda block, cut=cut: block.hits_within(cut) / cut
-    columns["P(radius 2)"] = lambda block: _radius_precision(block, 2)
-
-    pairs = _Pairs(query_codes, database_codes, query_labels, database_labels)
-    values = pairs.measure(
-        lambda block: torch.stack([block.relevant.double(), *(column(block) for column in columns.values())], dim=1)
+            measures[f"P@{cutoff}"] = _precision(cutoff, size)
+    measures["P(radius 2)"] = _precision_within_2
+    values = _measure_all(
+        (query_codes, database_codes), (query_labels, database_labels), [_has_relevant, *measures.values()]
     )
     valid = values[values[:, 0] > 0, 1:]
     _require_valid(len(valid))
-    report = dict(zip(columns, valid.mean(dim=0).tolist(), strict=True))
+    report = dict(zip(measures, valid.mean(dim=0).tolist(), strict=True))
     report["queries"] = float(len(valid))
     report["queries without relevant items"] = float(len(values) - len(valid))
     return report
 
 
+@dataclass(frozen=True)
+class RetrievalCurves:
+    """Curves for plots, each the mean over the queries that have a relevant item.
+
+    Attributes:
+        ranks: N of precision@N, [P].
+        precision_at: Share of relevant items among the first N, [P].
+        recall_levels: Evenly spaced from 0 to 1, [L].
+        precision_at_recall: Largest precision at any rank that reaches the recall, [L] (interpolated precision).
+        radius_precision: Share of relevant items within Hamming distance 0, 1, ..., K, over the queries that find any
+            item there, [K + 1]; NaN where no query finds one.
+        radius_recall: Share of a query's relevant items that lie within the distance, [K + 1].
+    """
+
+    ranks: list[int]
+    precision_at: list[float]
+    recall_levels: list[float]
+    precision_at_recall: list[float]
+    radius_precision: list[float]
+    radius_recall: list[float]
+
+
+def retrieval_curves(
+    query_codes: Tensor,
+    database_codes: Tensor,
+    query_labels: Tensor,
+    database_labels: Tensor,
+    ranks: Sequence[int],
+    recall_levels: int,
+) -> RetrievalCurves:
+    """All curves from one ranking.
+
+    Args:
+        query_codes: Codes in {-1, +1}, [Q, K], any real dtype.
+        database_codes: Codes in {-1, +1}, [D, K].
+        query_labels: Multi-hot labels, [Q, C].
+        database_labels: Multi-hot labels, [D, C].
+        ranks: N of precision@N, at least 1; those beyond D are left out.
+        recall_levels: L, number of levels of recall from 0 to 1, at least 2; 11 in information retrieval.
+
+    Raises:
+        ValueError: As `average_precision`, or if `recall_levels` is below 2.
+        UserError: If no query has a relevant item.
+    """
+    _check(query_codes, database_codes, query_labels, database_labels)
+    if recall_levels < 2:
+        raise ValueError(f"recall_levels must be at least 2, not {recall_levels}")
+    size = len(database_codes)
+    ranks = [rank for rank in ranks if rank <= size]
+    levels = torch.linspace(0, 1, recall_levels, dtype=torch.float64, device=query_codes.device)
+    values = _measure_all(
+        (query_codes, database_codes),
+        (query_labels, database_labels),
+        [
+            _has_relevant,
+            *(_precision(rank, size) for rank in ranks),
+            lambda ranking: _interpolated_precision(ranking, levels),
+            _radius_precision,
+            _radius_recall,
+        ],
+    )
+    valid = values[values[:, 0] > 0, 1:]
+    _require_valid(len(valid))
+    widths = [len(ranks), recall_levels, query_codes.shape[1] + 1, query_codes.shape[1] + 1]
+    curves = [curve.tolist() for curve in torch.split(valid.nanmean(dim=0), widths)]
+    return RetrievalCurves(ranks, curves[0], levels.tolist(), *curves[1:])
+
+
 # ---------------------------------------------------------------------------------------------- formulas
 
 
-def _average_precision(definition: Definition) -> "Callable[[_RankedBlock, int], Tensor]":
-    """The measure of a definition: (block, cut) -> [q] float64, NaN for a query without a relevant item."""
-    measures = {"relevant": _relevant_precision, "top": _top_precision, "expected": _expected_precision}
-    if definition not in measures:
+def _average_precision(definition: Definition, cutoff: Cutoff, size: int) -> Measure:
+    """The measure of a definition; NaN for a query without a relevant item."""
+    formulas = {"relevant": _relevant_precision, "top": _top_precision, "expected": _expected_precision}
+    if definition not in formulas:
         raise ValueError(f"definition {definition!r} must be one of {', '.join(get_args(Definition))}")
-    return measures[definition]
+    formula, cut = formulas[definition], _rank_cut(cutoff, size)
+    return lambda ranking: formula(ranking, cut).where(ranking.relevant > 0, torch.nan)
 
 
-def _relevant_precision(block: "_RankedBlock", cut: int) -> Tensor:
-    return block.sum_of_first(cut) / block.relevant.clamp(max=cut)  # 0 / 0 is the NaN of no relevant item
+def _relevant_precision(ranking: Ranking, cut: int) -> Tensor:
+    count = ranking.relevant.clamp(max=cut)
+    return ranking.precision_sum(count) / count
 
 
-def _top_precision(block: "_RankedBlock", cut: int) -> Tensor:
-    hits = block.hits_within(cut)
-    return (block.sum_within(cut) / hits.clamp(min=1)).where(block.relevant > 0, torch.nan)
+def _top_precision(ranking: Ranking, cut: int) -> Tensor:
+    count = ranking.hits_within(cut)
+    return ranking.precision_sum(count) / count.clamp(min=1)
 
 
-def _expected_precision(block: "_RankedBlock", cut: int) -> Tensor:
+def _expected_precision(ranking: Ranking, cut: int) -> Tensor:
     """Expectation of `top` over random orders of ties, in closed form per distance.
 
     A bucket of n items, m of them relevant, behind t items with j relevant ones: its place s is relevant with
@@ -196,7 +259,7 @@ def _expected_precision(block: "_RankedBlock", cut: int) -> Tensor:
     with the harmonic numbers H. Of the bucket that the cut divides, the x relevant ones among its c places before the
     cut are hypergeometric; given x those places are again such a bucket.
     """
-    items, hits = (counts.double() for counts in block.by_distance)  # [q, K + 1]
+    items, hits = (counts.double() for counts in (ranking.items, ranking.hits))  # [q, K + 1]
     before, hits_before = items.cumsum(1) - items, hits.cumsum(1) - hits
     whole = before + items <= cut
     sums = (_bucket_sum(before, hits_before, items, hits) * whole).sum(1)  # [q]
@@ -215,7 +278,7 @@ def _expected_precision(block: "_RankedBlock", cut: int) -> Tensor:
         chance = torch.where(possible, _log_choose(m, x) + _log_choose(n - m, c - x) - _log_choose(n, c), -torch.inf)
         mean = torch.where(found + x > 0, (sums + _bucket_sum(t, found, c, x)) / (found + x), 0.0)
         values[rows] = (chance.exp() * mean).sum(1)
-    return values.where(block.relevant > 0, torch.nan)
+    return values
 
 
 def _bucket_sum(t: Tensor, j: Tensor, n: Tensor, m: Tensor) -> Tensor:
@@ -230,13 +293,63 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k.clamp(min=0) + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
 
 
-def _ndcg(block: "_RankedBlock", cut: int) -> Tensor:
-    return block.gain_within(cut) / block.ideal_gain_within(cut)
+def _ndcg(cutoff: Cutoff, size: int, most_shared: int, device: torch.device) -> Measure:
+    """Measure of NDCG: discounted gain up to a rank over the largest that any order of the database could have."""
+    cut, most_shared = _rank_cut(cutoff, size), max(most_shared, 1)
+    discounts = 1 / torch.log2(torch.arange(2, size + 2, dtype=torch.float64, device=device))
+    discounts[cut:] = 0
+    best = torch.cat([discounts.new_zeros(1), discounts.cumsum(0)])  # discount of the first n ranks, [D + 1]
+    grades = torch.arange(most_shared, 0, -1, device=device)  # labels shared, most first
+    gains = torch.exp2(grades.double()) - 1
+
+    def measure(ranking: Ranking) -> Tensor:
+        rows = ranking.places // size
+        shared = ranking.shared.long()
+        gain = (torch.exp2(shared.double()) - 1) * discounts[ranking.places % size]
+        total = gain.new_zeros(len(ranking.relevant)).index_add(0, rows, gain)
+        counts = torch.bincount(
+            rows * most_shared + most_shared - shared, minlength=len(ranking.relevant) * most_shared
+        )
+        ends = counts.view(-1, most_shared).cumsum(1)  # items of at least a grade, [q, C]
+        ideal = (best[ends].diff(dim=1, prepend=best.new_zeros(len(ends), 1)) * gains).sum(1)
+        return total / ideal
+
+    return measure
 
 
-def _radius_precision(block: "_RankedBlock", radius: int) -> Tensor:
-    items, hits = (counts[:, : radius + 1].sum(1) for counts in block.by_distance)
+def _precision(rank: int, size: int) -> Measure:
+    cut = _rank_cut(rank, size)
+    return lambda ranking: ranking.hits_within(cut).double() / cut
+
+
+def _precision_within_2(ranking: Ranking) -> Tensor:
+    hits, items = (counts[:, :3].sum(1).double() for counts in (ranking.hits, ranking.items))
     return hits / items.clamp(min=1)
+
+
+def _radius_precision(ranking: Ranking) -> Tensor:
+    return ranking.hits.cumsum(1).double() / ranking.items.cumsum(1)
+
+
+def _radius_recall(ranking: Ranking) -> Tensor:
+    return ranking.hits.cumsum(1).double() / ranking.relevant.unsqueeze(1)
+
+
+def _interpolated_precision(ranking: Ranking, levels: Tensor) -> Tensor:
+    """Largest precision at a rank whose recall is at least the level, [q, L]."""
+    values = levels.new_full((len(ranking.relevant), len(levels)), torch.nan)
+    for row, (start, count) in enumerate(zip(ranking.starts.tolist(), ranking.relevant.tolist(), strict=True)):
+        if count == 0:
+            continue
+        ranks = ranking.places[start : start + count] % ranking.size + 1
+        precision = torch.arange(1, count + 1, device=ranks.device).double() / ranks
+        best = precision.flip(0).cummax(0).values.flip(0)
+        values[row] = best[(levels * count).ceil().long().clamp(min=1) - 1]
+    return values
+
+
+def _has_relevant(ranking: Ranking) -> Tensor:
+    return (ranking.relevant > 0).double()
 
 
 def _rank_cut(cutoff: Cutoff, size: int) -> int:
@@ -247,150 +360,46 @@ def _rank_cut(cutoff: Cutoff, size: int) -> int:
     return min(cutoff, size)
 
 
+# ---------------------------------------------------------------------------------------------- around them
+
+
+def _measure_all(codes: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], measures: Sequence[Measure]) -> Tensor:
+    """All measures of every query from one ranking, side by side, [Q, M]."""
+
+    def columns(ranking: Ranking) -> Tensor:
+        values = [measure(ranking) for measure in measures]
+        return torch.cat([value.view(len(ranking.relevant), -1) for value in values], dim=1)
+
+    return rank_and_measure(codes, labels, columns)
+
+
+def _check(query_codes: Tensor, database_codes: Tensor, query_labels: Tensor, database_labels: Tensor) -> None:
+    """Refuses what is no code or no label, naming the place."""
+    sides = (("query", query_codes, query_labels), ("database", database_codes, database_labels))
+    for side, codes, labels in sides:
+        for what, table in (("codes", codes), ("labels", labels)):
+            if table.ndim != 2 or 0 in table.shape:
+                raise ValueError(
+                    f"{side} {what} must be a matrix with at least one row and column, not {list(table.shape)}"
+                )
+        if len(codes) != len(labels):
+            raise ValueError(f"{side}: {len(codes)} codes but {len(labels)} rows of labels")
+    for what, a, b in (("codes", query_codes, database_codes), ("labels", query_labels, database_labels)):
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(f"query {what} and database {what} differ in width: {a.shape[1]} and {b.shape[1]}")
+    for side, codes, labels in sides:
+        _require(codes.abs() == 1, codes, f"{side} codes must be -1 or +1")
+        _require((labels == 0) | (labels == 1), labels, f"{side} labels must be 0 or 1")
+
+
+def _require(right: Tensor, table: Tensor, demand: str) -> None:
+    if not right.all():
+        row, column = (int(place) for place in (~right).nonzero()[0])
+        raise ValueError(f"{demand}, but row {row}, column {column} is {table[row, column].item()}")
+
+
 def _require_valid(count: int) -> None:
     if count == 0:
         raise UserError(
             "no query shares a label with any database item, so there is no mAP; check the labels of the data set"
         )
-
-
-# ---------------------------------------------------------------------------------------------- ranking
-
-
-class _RankedBlock(ABC):
-    """The ranked database of q queries, reduced to what the formulas ask for."""
-
-    relevant: Tensor  # number of relevant items, [q] int64
-
-    @abstractmethod
-    def sum_of_first(self, count: int) -> Tensor:
-        """Sum of j / r_j over the first `count` relevant items, [q] float64."""
-
-    @abstractmethod
-    def sum_within(self, rank: int) -> Tensor:
-        """Sum of j / r_j over the relevant items up to a rank, [q] float64."""
-
-    @abstractmethod
-    def hits_within(self, rank: int) -> Tensor:
-        """Relevant items up to a rank, [q] int64."""
-
-    @abstractmethod
-    def gain_within(self, rank: int) -> Tensor:
-        """Discounted gain up to a rank, [q] float64."""
-
-    @abstractmethod
-    def ideal_gain_within(self, rank: int) -> Tensor:
-        """Largest discounted gain that any order could have up to a rank, [q] float64."""
-
-    @property
-    @abstractmethod
-    def by_distance(self) -> tuple[Tensor, Tensor]:
-        """Items and relevant items at every distance, [q, K + 1] int64 each."""
-
-
-class _TorchBlock(_RankedBlock):
-    """Ranking with whole-block operations of torch: for accelerators."""
-
-    def __init__(self, distances: Tensor, shared: Tensor, bits: int) -> None:
-        """Ranks q queries.
-
-        Args:
-            distances: [q, D] int16, in [0, bits].
-            shared: Number of labels shared, [q, D] int16.
-            bits: K.
-        """
-        self.bits = bits
-        self.distances = distances
-        self.unsorted = shared
-        order = distances.sort(dim=1, stable=True).indices
-        self.shared = shared.gather(1, order)
-        self.found = (self.shared > 0).cumsum(1)  # [q, D]
-        self.relevant = self.found[:, -1]
-
-    @cached_property
-    def running_sum(self) -> Tensor:
-        """Sum of j / r_j up to every rank, [q, D] float64."""
-        ranks = torch.arange(1, self.found.shape[1] + 1, device=self.found.device)
-        return torch.where(self.shared > 0, self.found.double() / ranks, 0.0).cumsum(1)
-
-    def sum_of_first(self, count: int) -> Tensor:
-        last = torch.searchsorted(self.found, self.relevant.clamp(max=count).unsqueeze(1))
-        return self.running_sum.gather(1, last).squeeze(1)
-
-    def sum_within(self, rank: int) -> Tensor:
-        return self.running_sum[:, rank - 1]
-
-    def hits_within(self, rank: int) -> Tensor:
-        return self.found[:, rank - 1]
-
-    def gain_within(self, rank: int) -> Tensor:
-        return self._gain(self.shared[:, :rank])
-
-    def ideal_gain_within(self, rank: int) -> Tensor:
-        return self._gain(self.shared.sort(dim=1, descending=True).values[:, :rank])
-
-    @staticmethod
-    def _gain(shared: Tensor) -> Tensor:
-        ranks = torch.arange(1, shared.shape[1] + 1, device=shared.device, dtype=torch.float64)
-        return torch.expm1(shared.double() * torch.log(torch.tensor(2.0))) @ (1 / torch.log2(ranks + 1))
-
-    @property
-    def by_distance(self) -> tuple[Tensor, Tensor]:
-        index = self.distances.long()
-        empty = index.new_zeros(len(index), self.bits + 1)
-        hits = (self.unsorted > 0).long()
-        return empty.scatter_add(1, index, torch.ones_like(index)), empty.scatter_add(1, index, hits)
-
-
-class _Pairs:
-    """Checked codes and labels of queries and database, ranked in blocks of queries."""
-
-    def __init__(
-        self, query_codes: Tensor, database_codes: Tensor, query_labels: Tensor, database_labels: Tensor
-    ) -> None:
-        _check("query", query_codes, query_labels)
-        _check("database", database_codes, database_labels)
-        for what, a, b in (("codes", query_codes, database_codes), ("labels", query_labels, database_labels)):
-            if a.shape[1] != b.shape[1]:
-                raise ValueError(f"query {what} and database {what} differ in width: {a.shape[1]} and {b.shape[1]}")
-        self.bits = query_codes.shape[1]
-        self.codes = query_codes.float(), database_codes.float()
-        self.labels = query_labels.float(), database_labels.float()
-
-    def measure(self, measure: Callable[[_RankedBlock], Tensor]) -> Tensor:
-        """Applies a measure to all queries.
-
-        Args:
-            measure: Block of q queries -> [q, M].
-
-        Returns:
-            [Q, M].
-        """
-        rows = max(1, _PAIRS_OF_A_BLOCK // len(self.codes[1]))
-        return torch.cat([measure(block) for block in self._blocks(rows)])
-
-    def _blocks(self, rows: int) -> Iterable[_RankedBlock]:
-        for codes, labels in zip(self.codes[0].split(rows), self.labels[0].split(rows), strict=True):
-            distances = (self.bits - codes @ self.codes[1].T) / 2
-            yield _TorchBlock(distances.short(), (labels @ self.labels[1].T).short(), self.bits)
-
-
-def _check(side: str, codes: Tensor, labels: Tensor) -> None:
-    """Refuses what is no code or no label; one pass each."""
-    for what, table in (("codes", codes), ("labels", labels)):
-        if table.ndim != 2 or 0 in table.shape:
-            raise ValueError(
-                f"{side} {what} must be a matrix with at least one row and column, not {list(table.shape)}"
-            )
-    if len(codes) != len(labels):
-        raise ValueError(f"{side}: {len(codes)} codes but {len(labels)} rows of labels")
-    for what, table, right in (
-        ("codes", codes, codes.abs() == 1),
-        ("labels", labels, (labels == 0) | (labels == 1)),
-    ):
-        if not right.all():
-            row, column = (int(place) for place in (~right).nonzero()[0])
-            allowed = "-1 or +1" if what == "codes" else "0 or 1"
-            raise ValueError(
-                f"{side} {what} must be {allowed}, but row {row}, column {column} is {table[row, column].item()}"
-            )
