@@ -210,7 +210,7 @@ class _Reader:
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
-                if end < len(self._text) or self._ended:  # at the window's end a number could go on
+                if end < len(self._text) - 2 or self._ended:  # at the window's end a number could go on, as 1 of 1e+5
                     self._at = end
                     return value
             except JSONDecodeError:

@@ -6,6 +6,7 @@ Official archives: `mirflickr25k.zip` (folder `mirflickr` with `im<id>.jpg` and 
     python data/make_mirflickr25k.py --source /downloads/mirflickr25k
 """
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -99,11 +100,9 @@ def numbered(folder: Path, prefix: str, suffix: str) -> dict[int, Path]:
     Returns:
         File by number, in ascending order.
     """
-    names = (entry.name for entry in folder.iterdir())
-    found = {
-        name[len(prefix) : -len(suffix)]: name for name in names if name.startswith(prefix) and name.endswith(suffix)
-    }
-    return {number: folder / found[str(number)] for number in sorted(int(key) for key in found if key.isdecimal())}
+    pattern = re.compile(re.escape(prefix) + "([0-9]+)" + re.escape(suffix))
+    found = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def _numbers(path: Path) -> list[int]:

@@ -19,7 +19,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
-from data.preparation import Pairs, Protocol, find, read_bytes, read_lines, run
+from data.preparation import Pairs, Protocol, find, parallel, read_bytes, read_lines, run
 
 ROWS_AT_A_TIME = 1 << 23  # bytes of AllTags1k.txt held at once; the whole file has 540 MB
 
@@ -69,9 +69,8 @@ def collect(source: Path, protocol: str) -> Pairs:
     images = [PureWindowsPath(line).as_posix() for line in read_lines(list_file)]
 
     classes = TC10 if protocol == "tc10" else TC21
-    columns = [
-        _label(label_folder / f"Labels_{name}.txt", len(images)) for name in tqdm(classes, "labels", unit="file")
-    ]
+    files = [label_folder / f"Labels_{name}.txt" for name in classes]
+    columns = [column for _, column in parallel(lambda path: _label(path, len(images)), files, "labels", "file")]
     labels = np.stack(columns, axis=1)
     kept = labels.any(axis=1)
     facts = {"pictures listed": len(images)}

@@ -217,18 +217,19 @@ def scan_pictures(source: Path, images: Iterable[str], root: Path) -> dict[str, 
             found[image] = noted
         else:
             changed.append(image)
-    if not changed:
-        return found
-    log.info("%s: %d of %d pictures are still to be checked", source, len(changed), len(changed) + len(found))
-    with writing(path), path.open("ab") as journal:
-        journal.write(b"\n")  # ends a line that a killed run left unfinished
-        for image, picture in parallel(lambda name: inspect_picture(source / name), changed, "pictures", "img"):
-            found[image] = picture
-            if picture is not None:
-                known[image] = picture
-                journal.write(_journal_line(image, picture))
-    with atomic(path) as temporary, temporary.open("wb") as journal:
-        journal.writelines(_journal_line(image, known[image]) for image in sorted(known))
+    if changed:
+        log.info("%s: %d of %d pictures are still to be checked", source, len(changed), len(changed) + len(found))
+        with writing(path), path.open("ab") as journal:
+            journal.write(b"\n")  # ends a line that a killed run left unfinished
+            for image, picture in parallel(lambda name: inspect_picture(source / name), changed, "pictures", "img"):
+                found[image] = picture
+                if picture is not None:
+                    known[image] = picture
+                    journal.write(_journal_line(image, picture))
+    lines = b"".join(_journal_line(image, known[image]) for image in sorted(known))
+    if path.exists() and path.read_bytes() != lines:  # as it came in, or as a killed run left it
+        with atomic(path) as temporary:
+            temporary.write_bytes(lines)
     return found
 
 

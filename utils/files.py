@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,9 +62,8 @@ def make_folder(path: Path, key: str) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):  # has no name that a kill could leave behind
+            pass
     except OSError as error:
         raise UserError(f"folder {path} cannot be written to ({error.strerror}); name another with {key}") from None
 

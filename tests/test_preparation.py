@@ -1,0 +1,436 @@
+"""What all preparation scripts promise: nothing half written, any kill survived, one clear line for every mistake."""
+
+import errno
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+from scipy.io import loadmat
+from tqdm import tqdm
+
+from common.errors import UserError
+from data import make_coco, make_mirflickr25k, make_nuswide, make_wiki, preparation
+from data.mat_files import string_cells, string_rows, write_mat
+from data.preparation import JOURNAL, REPORT, find, inspect_picture, read_lines, scan_pictures
+from tests import miniatures
+from utils.files import FolderLock
+
+SCRIPTS = {"mirflickr25k": make_mirflickr25k, "nuswide": make_nuswide, "coco": make_coco, "wiki": make_wiki}
+WRITTEN = {"index.mat", "caption.mat", "label.mat", REPORT, JOURNAL}
+REPOSITORY = Path(__file__).parents[1]
+
+
+def source_of(name: str, folder: Path) -> Path:
+    make: Callable[[Path], Path] = getattr(miniatures, name)
+    return make(folder / "source")
+
+
+def prepare(name: str, source: Path, root: Path, *more: str) -> int:
+    script: ModuleType = SCRIPTS[name]
+    arguments = ["--source", str(source), "--root", str(root), *more]
+    return preparation.run(name, name, script.PROTOCOLS, script.collect, arguments)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Files of a folder that are no pictures."""
+    return {path.name: path.read_bytes() for path in root.iterdir() if not path.is_symlink()}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Runs something in a forked process with silent output, and returns its number at once."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with this process, and would die locked
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        work()
+    finally:
+        os._exit(0)
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process, unlike a power failure, loses nothing that was written: without waiting for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.mark.usefixtures("unsynced")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_at_ten_random_moments_then_run_again_gives_identical_bytes(name: str, tmp_path: Path) -> None:
+    source = source_of(name, tmp_path)
+    start = time.perf_counter()
+    assert prepare(name, source, tmp_path / "whole") == 0
+    duration = time.perf_counter() - start
+    whole = contents(tmp_path / "whole")
+    assert set(whole) == WRITTEN
+    moments = random.Random(name)
+    for attempt in range(10):
+        root = tmp_path / f"root{attempt}"
+        child = in_child(lambda root=root: prepare(name, source, root))  # type: ignore[misc]
+        time.sleep(moments.uniform(0, 1.2 * duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert prepare(name, source, root) == 0
+        assert contents(root) == whole
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_killed_at_every_change_of_a_name_never_leaves_a_mixture(tmp_path: Path) -> None:
+    source = source_of("nuswide", tmp_path)
+    mats = {"index.mat", "caption.mat", "label.mat"}
+    sets = {}
+    for protocol in ("dcmht", "mith"):
+        assert prepare("nuswide", source, tmp_path / protocol, "--protocol", protocol) == 0
+        sets[protocol] = {key: value for key, value in contents(tmp_path / protocol).items() if key in mats}
+
+    def work(root: Path, deadline: int) -> None:
+        steps = 0
+
+        def counted(original: Callable[..., object]) -> Callable[..., object]:
+            def step(*arguments: object, **more: object) -> object:
+                nonlocal steps
+                steps += 1
+                if steps == deadline:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **more)
+
+            return step
+
+        os.replace = counted(os.replace)  # type: ignore[assignment]
+        Path.unlink = counted(Path.unlink)  # type: ignore[method-assign, assignment]
+        prepare("nuswide", source, root, "--protocol", "mith")
+
+    outcomes = []
+    for deadline in range(1, 40):
+        root = tmp_path / f"root{deadline}"
+        assert prepare("nuswide", source, root, "--protocol", "dcmht") == 0
+        child = in_child(lambda root=root, deadline=deadline: work(root, deadline))  # type: ignore[misc]
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        found = {key: value for key, value in contents(root).items() if key in mats}
+        if len(found) == len(mats):
+            assert found in sets.values()
+        outcomes.append("part" if len(found) < 3 else "old" if found == sets["dcmht"] else "new")
+        assert prepare("nuswide", source, root, "--protocol", "mith") == 0
+        assert contents(root) == contents(tmp_path / "mith") | {JOURNAL: contents(root)[JOURNAL]}
+        if not killed:
+            break
+    assert {"old", "part", "new"} == set(outcomes) and outcomes[-1] == "new"
+
+
+def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, root = source_of("coco", tmp_path), tmp_path / "root"
+    assert prepare("coco", source, root) == 0
+    decoded: list[str] = []
+    original = inspect_picture
+
+    def noted(path: Path) -> preparation.Picture | None:
+        decoded.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(preparation, "inspect_picture", noted)
+    assert prepare("coco", source, root) == 0
+    assert decoded == []
+    # A journal that ends in the middle of a line: the rest is done again.
+    journal = (root / JOURNAL).read_bytes()
+    (root / JOURNAL).write_bytes(journal[: journal.rindex(b"\n", 0, -1) + 9])
+    before = contents(root)
+    assert prepare("coco", source, root) == 0
+    assert len(decoded) == 1
+    assert contents(root) == before | {JOURNAL: journal}
+
+
+def test_a_changed_picture_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, root = source_of("coco", tmp_path), tmp_path / "root"
+    assert prepare("coco", source, root) == 0
+    path = source / "train2017/000000000007.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    before = contents(root)
+    assert prepare("coco", source, root) == 2
+    assert "1 of 6 pictures are missing or broken" in capsys.readouterr().err
+    assert all(contents(root)[name] == before[name] for name in ("index.mat", "caption.mat", "label.mat"))
+
+
+def break_pictures(source: Path) -> None:
+    folder = source / "train2017"
+    (folder / "000000000003.jpg").unlink()
+    (folder / "000000000007.jpg").write_bytes(b"<html>not here any more</html>")
+    path = folder / "000000000025.jpg"
+    path.write_bytes(path.read_bytes()[:-20])
+    (folder / "000000000581.jpg").write_bytes(b"")
+
+
+def test_missing_and_broken_pictures_stop_the_preparation_and_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = source_of("coco", tmp_path), tmp_path / "root"
+    break_pictures(source)
+    assert prepare("coco", source, root) == 2
+    output = capsys.readouterr()
+    error = output.err.splitlines()[-1]
+    assert "4 of 6 pictures are missing or broken" in error and "--skip-broken" in error and REPORT in error
+    report = (root / REPORT).read_text()
+    for text in (report, output.out):
+        assert "missing pictures:\n  train2017/000000000003.jpg\n" in text
+        assert "  train2017/000000000007.jpg (not a picture)\n" in text
+        assert "  train2017/000000000025.jpg (image file is truncated" in text
+        assert "  train2017/000000000581.jpg (not a picture)\n" in text
+    assert set(contents(root)) == {REPORT, JOURNAL}
+
+
+def test_skip_broken_leaves_these_pairs_out_and_says_so(tmp_path: Path) -> None:
+    source, root = source_of("coco", tmp_path), tmp_path / "root"
+    break_pictures(source)
+    assert prepare("coco", source, root, "--skip-broken") == 0
+    index = [path.rstrip() for path in loadmat(root / "index.mat")["index"]]
+    assert index == ["train2017/000000000009.jpg", "val2017/000000000008.jpg"]
+    assert loadmat(root / "label.mat")["category"].tolist() == [[0, 0, 1], [0, 1, 1]]
+    assert [item[0].rstrip() for item in loadmat(root / "caption.mat")["caption"][0]] == ["Grüße 😀", "brushing"]
+    rows = {line[:28].strip(): line[28:].split() for line in (root / REPORT).read_text().splitlines()}
+    assert rows["pairs"] == ["2", "122,218", "<-", "differs"]
+    assert rows["pictures missing"] == ["1"] and rows["pictures broken"] == ["3"]
+
+
+def test_no_picture_at_all_is_refused_even_when_broken_ones_may_be_skipped(tmp_path: Path) -> None:
+    source = source_of("wiki", tmp_path)
+    for path in source.rglob("*.jpg"):
+        path.unlink()
+    assert prepare("wiki", source, tmp_path / "root", "--skip-broken") == 2
+    assert set(contents(tmp_path / "root")) == {REPORT}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_cut_of_a_jpeg_is_noticed(tmp_path: Path, mode: str, progressive: bool) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise.squeeze(), mode).save(stream, "JPEG", progressive=progressive)
+    content = stream.getvalue()
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    whole = inspect_picture(path)
+    assert whole is not None and (whole.fault, whole.mode, whole.width, whole.height) == ("", mode, 96, 64)
+    for share in (0.0, 0.05, 0.3, 0.6, 0.9, 0.97):
+        path.write_bytes(content[: int(share * len(content))])
+        cut = inspect_picture(path)
+        assert cut is not None and cut.fault
+        with pytest.raises(OSError):  # the reader of the training loop agrees
+            Image.open(path).convert("RGB")
+
+
+def test_a_decompression_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    miniatures.picture(tmp_path / "x.jpg", 1)
+    picture = inspect_picture(tmp_path / "x.jpg")
+    assert picture is not None and "decompression bomb" in picture.fault
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "archive"),
+    [
+        ("mirflickr25k", "mirflickr", "mirflickr25k.zip"),
+        ("mirflickr25k", "mirflickr25k_annotations_v080", "mirflickr25k_annotations_v080.zip"),
+        ("nuswide", "Groundtruth", "Groundtruth.zip"),
+        ("nuswide", "NUS_WID_Tags", "NUS_WID_Tags.zip"),
+        ("nuswide", "ImageList", "ImageList.zip"),
+        ("nuswide", "Flickr", "folder Flickr"),
+        ("coco", "annotations", "annotations_trainval2017.zip"),
+        ("wiki", "wikipedia_dataset", "wikipedia_dataset.zip"),
+    ],
+)
+def test_missing_archive(
+    name: str, missing: str, archive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = source_of(name, tmp_path)
+    shutil.rmtree(source / missing)
+    assert prepare(name, source, tmp_path / "root") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {source}: ") and archive in error and "README" in error
+    assert contents(tmp_path / "root") == {}
+
+
+def test_missing_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare("coco", tmp_path / "nowhere", tmp_path / "root") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+
+
+def test_archives_unpacked_into_a_folder_each(tmp_path: Path) -> None:
+    source = source_of("coco", tmp_path)
+    for name in ("train2017", "val2017", "annotations"):
+        (source / f"{name}-unpacked").mkdir()
+        (source / name).rename(source / f"{name}-unpacked" / name)
+    assert prepare("coco", source, tmp_path / "root") == 0
+    for path in loadmat(tmp_path / "root/index.mat")["index"]:
+        assert (source / path.rstrip()).is_file() and (tmp_path / "root" / path.rstrip()).is_file()
+
+
+def test_find_takes_the_nearest(tmp_path: Path) -> None:
+    for folder in ("a/b/c", "b/c", "d/e/f/g/h"):
+        (tmp_path / folder / "x").mkdir(parents=True)
+    assert find(tmp_path, "x", "x.zip") == tmp_path / "b/c/x"
+    assert find(tmp_path, "c/x", "x.zip") == tmp_path / "b/c/x"
+    with pytest.raises(UserError, match="h/x is not there; download x.zip"):
+        find(tmp_path, "h/x", "x.zip")
+
+
+def test_lines_part_only_at_line_feeds(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes("a\u2028b\r\n\x85c\x0bd\n\n \n".encode() + b"\xff\n\n")
+    assert read_lines(tmp_path / "x") == ["a\u2028b", "c\x0bd", "", "", "\ufffd"]
+
+
+def test_output_into_the_source_folder_needs_no_links(tmp_path: Path) -> None:
+    source = source_of("nuswide", tmp_path)
+    assert prepare("nuswide", source, source) == 0
+    assert not any(path.is_symlink() for path in source.iterdir())
+
+
+def test_links_follow_a_source_that_moved_and_spare_what_is_no_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = source_of("wiki", tmp_path), tmp_path / "root"
+    assert prepare("wiki", source, root) == 0
+    moved = source.rename(tmp_path / "moved")
+    assert prepare("wiki", moved, root) == 0
+    assert (root / "wikipedia_dataset").resolve() == (moved / "wikipedia_dataset").resolve()
+    (root / "wikipedia_dataset").unlink()
+    (root / "wikipedia_dataset").mkdir()
+    before = contents(root / "wikipedia_dataset")
+    assert prepare("wiki", moved, root) == 2
+    assert "is in the way of a link" in capsys.readouterr().err
+    assert contents(root / "wikipedia_dataset") == before
+
+
+def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, root = source_of("wiki", tmp_path), tmp_path / "root"
+    root.mkdir()
+    lock = FolderLock(root)
+    assert lock.acquire(wait=False)
+    assert prepare("wiki", source, root) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    lock.release()
+    assert prepare("wiki", source, root) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only a superuser who may mount file systems can make a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_is_seen_before_the_work(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_disk / "filler").write_bytes(bytes(32 * 1024))
+    source = source_of("mirflickr25k", tmp_path)
+    assert prepare("mirflickr25k", source, small_disk) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "are needed" in error and "are free" in error
+    assert set(contents(small_disk)) == {"filler"}
+
+
+@pytest.mark.parametrize("room", [0, 4, 8, 12])
+def test_disk_that_fills_up_on_the_way(
+    room: int, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of("mirflickr25k", tmp_path)
+    (small_disk / "filler").write_bytes(bytes((32 - room) * 1024))
+    monkeypatch.setattr(preparation, "_require_room", lambda *_: None)
+    assert prepare("mirflickr25k", source, small_disk) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in error and str(small_disk) in error
+    assert not [name for name in contents(small_disk) if name.endswith((".mat", ".part"))]
+    (small_disk / "filler").unlink()
+    assert prepare("mirflickr25k", source, small_disk) == 0
+
+
+def test_read_only_folder(small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for root in (small_disk, small_disk / "new"):
+        assert prepare("wiki", source_of("wiki", tmp_path), root) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert str(root) in error and "Read-only file system" in error and "--root" in error
+
+
+def test_write_that_fails_leaves_the_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.mat"
+    write_mat(path, a=np.arange(3))
+    before = path.read_bytes()
+
+    def savemat(stream: io.BufferedWriter, *_: object, **__: object) -> None:
+        stream.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(scipy.io, "savemat", savemat)
+    with pytest.raises(UserError, match="x.mat cannot be written: No space left on device"):
+        write_mat(path, a=np.arange(4))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.mat"] and path.read_bytes() == before
+
+
+def test_mat_files_have_the_same_bytes_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {"index": string_rows(["a", "ü😀"]), "caption": string_cells([["x", "yy"], []]), "category": np.eye(2)}
+    write_mat(tmp_path / "a.mat", **arrays)
+    monkeypatch.setattr(time, "asctime", lambda *_: "Sat Jan  1 00:00:00 2000")
+    write_mat(tmp_path / "b.mat", **arrays)
+    assert (tmp_path / "a.mat").read_bytes() == (tmp_path / "b.mat").read_bytes()
+
+
+def test_strings_survive_the_way_through_a_mat_file(tmp_path: Path) -> None:
+    texts = ["plain", "", "ünïcode 😀 日本", "two\nlines\tand  blanks ", "nul\0inside", "lone \ud83d surrogate"]
+    kept = ["plain", "", "ünïcode 😀 日本", "two lines and blanks", "nul inside", "lone ? surrogate"]
+    cells = string_cells([[text] for text in texts] + [[]] + [texts])
+    write_mat(tmp_path / "x.mat", rows=string_rows(texts), column=string_rows(texts)[:, None], cells=cells)
+    found = loadmat(tmp_path / "x.mat")
+    assert [text.rstrip() for text in found["rows"]] == kept
+    assert found["column"].shape == (6, 1) and [text.rstrip() for text in found["column"][:, 0]] == kept
+    assert found["cells"].shape == (1, 8)
+    assert [[text.rstrip() for text in cell] for cell in found["cells"][0]] == [[text] for text in kept] + [[""], kept]
+
+
+def test_scan_forgets_nothing_of_other_protocols(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        miniatures.picture(tmp_path / "source" / f"{number}.jpg", number)
+    (tmp_path / "root").mkdir()
+    scan_pictures(tmp_path / "source", ["1.jpg", "2.jpg"], tmp_path / "root")
+    found = scan_pictures(tmp_path / "source", ["2.jpg", "3.jpg", "4.jpg"], tmp_path / "root")
+    assert found["4.jpg"] is None and set(found) == {"2.jpg", "3.jpg", "4.jpg"}
+    assert [line[:8] for line in (tmp_path / "root" / JOURNAL).read_bytes().splitlines()] == [
+        b'["1.jpg"',
+        b'["2.jpg"',
+        b'["3.jpg"',
+    ]
+
+
+def test_started_as_a_script(tmp_path: Path) -> None:
+    source = source_of("coco", tmp_path)
+    command = [sys.executable, str(REPOSITORY / "data/make_coco.py"), "--source", str(source)]
+    done = subprocess.run(
+        [*command, "--root", str(tmp_path / "root")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MS COCO 2017, protocol dcmht" in done.stdout and (tmp_path / "root/label.mat").exists()
+    shutil.rmtree(source / "annotations")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
