@@ -2,8 +2,8 @@
 
 Distances of K bits take K + 1 values, so a stable ranking needs no sort of items: counting how many lie at each
 distance gives the rank where a distance begins, and a second pass over the items in database order gives every item
-the next rank of its distance. On the CPU that is compiled code with bit operations, one block of queries a thread; elsewhere
-torch's own operations do it.
+the next rank of its distance. On the CPU that is compiled code with bit operations, one block of queries a thread;
+elsewhere torch's own operations do it.
 """
 
 from collections.abc import Callable, Iterator
