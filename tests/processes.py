@@ -30,7 +30,7 @@ def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> 
     """
     with tempfile.TemporaryDirectory() as folder:
         start = mp.start_processes  # type: ignore[attr-defined]  # public, but not exported
-        start(_run, (count, folder, function, arguments), nprocs=count, start_method="forkserver")
+        start(_run, (count, folder, function, arguments), nprocs=count, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
 
 
