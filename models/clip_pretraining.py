@@ -6,10 +6,13 @@ https://arxiv.org/abs/2103.00020. Authors' code: https://github.com/openai/CLIP 
 Deviations:
 1. Sizes, batch and schedule are those of a small data set; the towers, their initialisation and the loss are CLIP's.
 2. Codes, which CLIP has none of, are the signs of the embedding: one bit a dimension, nothing trained for it.
+
+Results reproduced: none, the paper's are of 400 million pairs; the towers equal the authors' (tests/golden/clip-*.npz).
 """
 
+import dataclasses
 import math
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ class ContrastivePretraining(HashingModel):
     """Both towers from random weights, by symmetric InfoNCE over the pairs of the global batch."""
 
     class Config(ModelConfig):
-        """`model:` section. Sizes as in `ClipShape`; `bits` equals `embed_dim`."""
+        """`model:` section: every field of `ClipShape`; `bits` equals `embed_dim`."""
 
         embed_dim: Count  # E, joint space
         image_size: Count  # R, pixels; equals dataset.image_size
@@ -44,6 +47,7 @@ class ContrastivePretraining(HashingModel):
         text_layers: Count
         context_length: Count  # tokens; at least dataset.text_length
         vocabulary: Count  # rows of the token table; CLIP's: 49408
+        activation: Literal["quick_gelu", "gelu"]  # of the MLPs; paper: quick_gelu
         temperature: float = Field(gt=0)  # at the start; it is learned. Paper: 0.07
         max_logit_scale: float = Field(ge=1)  # bound of the learned 1 / temperature. Paper: 100
 
@@ -58,17 +62,7 @@ class ContrastivePretraining(HashingModel):
         @property
         def shape(self) -> ClipShape:
             """Sizes of the towers."""
-            return ClipShape(
-                embed_dim=self.embed_dim,
-                image_size=self.image_size,
-                patch_size=self.patch_size,
-                vision_width=self.vision_width,
-                vision_layers=self.vision_layers,
-                text_width=self.text_width,
-                text_layers=self.text_layers,
-                context_length=self.context_length,
-                vocabulary=self.vocabulary,
-            )
+            return ClipShape(**{size.name: getattr(self, size.name) for size in dataclasses.fields(ClipShape)})
 
     fields: ClassVar[frozenset[str]] = frozenset({"image", "text"})
 

@@ -424,7 +424,7 @@ class _ArchiveReader(pickle.Unpickler):
         raise UserError(_refused(f"{module}.{name}"))
 
     def persistent_load(self, identity: Any) -> Tensor:
-        """The storage of a tensor, flat: `identity` is ("storage", dtype, key, device, number of elements)."""
+        """The storage of a tensor, flat [n]: `identity` is ("storage", dtype, key, device, number of elements)."""
         _, dtype, key, _, _ = identity
         if key not in self._storages:
             content = bytearray(self._archive.read(self._folder + key))
