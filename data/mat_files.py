@@ -1,7 +1,7 @@
 """Writes `.mat` files (MATLAB 5) whole or not at all, with the same bytes for the same arrays.
 
 `scipy.io.savemat` writes the time of day into the header; here the header is constant. Files that belong together are
-written by `write_mats`, so that files of two preparations never stand side by side.
+written by `write_set`, so that files of two preparations never stand side by side.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,27 +32,30 @@ def write_mat(path: Path, **arrays: Array) -> None:
     Raises:
         UserError: If the folder cannot be written to or the disk is full; no part of the file remains.
     """
-    write_mats({path: arrays})
+    write_set({path: arrays})
 
 
-def write_mats(files: Mapping[Path, Mapping[str, Array]]) -> None:
-    """Writes several `.mat` files as one set.
+def write_set(files: Mapping[Path, Mapping[str, Array] | str]) -> None:
+    """Writes several files as one set.
 
     All bytes are on the disk before the first older file goes; older files go before the first new name appears.
     Whoever is killed in between leaves a set with files missing, which readers refuse, never a mixture of two.
 
     Args:
-        files: Path to the file's variables, in order.
+        files: Path to a `.mat` file's variables, in order, or to the text of a text file.
 
     Raises:
         UserError: As `write_mat`.
     """
     with ExitStack() as names:
-        for path, arrays in files.items():
+        for path, content in files.items():
             with names.enter_context(atomic(path)).open("wb") as stream:
-                scipy.io.savemat(stream, dict(arrays), do_compression=True)
-                stream.seek(0)
-                stream.write(HEADER)
+                if isinstance(content, str):
+                    stream.write(content.encode())
+                else:
+                    scipy.io.savemat(stream, dict(content), do_compression=True)
+                    stream.seek(0)
+                    stream.write(HEADER)
         if len(files) > 1:
             for path in files:
                 path.unlink(missing_ok=True)

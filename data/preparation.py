@@ -1,8 +1,8 @@
 """What the preparation scripts of the benchmark data sets share: from a list of pairs to checked files.
 
 A script reads the official annotation files and hands `Pairs` to `prepare`, which goes through every picture, refuses
-or leaves out what is missing or broken, writes `index.mat`, `caption.mat`, `label.mat`, and states what it found beside
-the known figures. `run` is a script's command line, `prepare` its work.
+or leaves out what is missing or broken, writes `index.mat`, `caption.mat`, `label.mat`, `labels.txt`, and states what it
+found beside the known figures. `run` is a script's command line, `prepare` its work.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.errors import UserError
-from data.mat_files import clean_text, string_cells, string_rows, write_mats, writing
+from data.mat_files import clean_text, string_cells, string_rows, write_set, writing
 from utils.files import FolderLock, atomic, make_folder, write_text
 
 Item = TypeVar("Item")
@@ -262,7 +262,7 @@ def inspect_picture(path: Path) -> Picture | None:
 
 
 def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Path, skip_broken: bool) -> None:
-    """Checks the pictures, writes the three `.mat` files, and reports.
+    """Checks the pictures, writes the files of the data set, and reports.
 
     Args:
         title: Heading of the report.
@@ -292,16 +292,17 @@ def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Pa
         )
     _link_pictures(source, root, kept.images)
     captions = string_rows([item[0] for item in kept.captions])[:, None] if kept.padded else string_cells(kept.captions)
-    write_mats(
+    write_set(
         {
             root / "index.mat": {"index": string_rows(kept.images)},
             root / "caption.mat": {"caption": captions},
-            root / "label.mat": {"category": kept.labels.astype(np.int64), "classes": string_rows(kept.classes)},
+            root / "label.mat": {"category": kept.labels.astype(np.int64)},
+            root / "labels.txt": "".join(f"{name}\n" for name in kept.classes),
         }
     )
     write_text(root / REPORT, report)
     sys.stdout.write(summary)
-    log.info("%s: index.mat, caption.mat, label.mat and %s are written", root, REPORT)
+    log.info("%s: index.mat, caption.mat, label.mat, labels.txt and %s are written", root, REPORT)
 
 
 def make_report(

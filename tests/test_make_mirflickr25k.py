@@ -34,7 +34,7 @@ def test_dcmht_takes_every_labelled_picture_by_number_as_text(tmp_path: Path) ->
 
     label = loadmat(root / "label.mat")
     assert label["category"].shape == (23, 24) and label["category"].dtype == "int64"
-    assert [name.rstrip() for name in label["classes"]] == CLASSES == sorted(CLASSES)
+    assert (root / "labels.txt").read_text().split() == CLASSES == sorted(CLASSES)
     rows = {number: row for number, row in zip(order, label["category"], strict=True)}
     assert rows["1"].all()
     assert [CLASSES[column] for column in rows["100"].nonzero()[0]] == ["water"]

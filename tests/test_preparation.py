@@ -29,7 +29,7 @@ from tests import miniatures
 from utils.files import FolderLock
 
 SCRIPTS = {"mirflickr25k": make_mirflickr25k, "nuswide": make_nuswide, "coco": make_coco, "wiki": make_wiki}
-WRITTEN = {"index.mat", "caption.mat", "label.mat", REPORT, JOURNAL}
+WRITTEN = {"index.mat", "caption.mat", "label.mat", "labels.txt", REPORT, JOURNAL}
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -93,9 +93,9 @@ def test_killed_at_ten_random_moments_then_run_again_gives_identical_bytes(name:
 @pytest.mark.usefixtures("unsynced")
 def test_killed_at_every_change_of_a_name_never_leaves_a_mixture(tmp_path: Path) -> None:
     source = source_of("nuswide", tmp_path)
-    mats = {"index.mat", "caption.mat", "label.mat"}
+    mats = {"index.mat", "caption.mat", "label.mat", "labels.txt"}
     sets = {}
-    for protocol in ("dcmht", "mith"):
+    for protocol in ("dcmht", "tc10"):
         assert prepare("nuswide", source, tmp_path / protocol, "--protocol", protocol) == 0
         sets[protocol] = {key: value for key, value in contents(tmp_path / protocol).items() if key in mats}
 
@@ -114,7 +114,7 @@ def test_killed_at_every_change_of_a_name_never_leaves_a_mixture(tmp_path: Path)
 
         os.replace = counted(os.replace)  # type: ignore[assignment]
         Path.unlink = counted(Path.unlink)  # type: ignore[method-assign, assignment]
-        prepare("nuswide", source, root, "--protocol", "mith")
+        prepare("nuswide", source, root, "--protocol", "tc10")
 
     outcomes = []
     for deadline in range(1, 40):
@@ -125,9 +125,9 @@ def test_killed_at_every_change_of_a_name_never_leaves_a_mixture(tmp_path: Path)
         found = {key: value for key, value in contents(root).items() if key in mats}
         if len(found) == len(mats):
             assert found in sets.values()
-        outcomes.append("part" if len(found) < 3 else "old" if found == sets["dcmht"] else "new")
-        assert prepare("nuswide", source, root, "--protocol", "mith") == 0
-        assert contents(root) == contents(tmp_path / "mith") | {JOURNAL: contents(root)[JOURNAL]}
+        outcomes.append("part" if len(found) < len(mats) else "old" if found == sets["dcmht"] else "new")
+        assert prepare("nuswide", source, root, "--protocol", "tc10") == 0
+        assert contents(root) == contents(tmp_path / "tc10") | {JOURNAL: contents(root)[JOURNAL]}
         if not killed:
             break
     assert {"old", "part", "new"} == set(outcomes) and outcomes[-1] == "new"
