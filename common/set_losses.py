@@ -124,7 +124,7 @@ def label_gain(labels: Tensor) -> Tensor:
     """
     counts = labels.double()
     gain = torch.exp2(counts @ counts.T) - 1
-    discounts = torch.arange(2, len(gain) + 2, device=gain.device).log2()
+    discounts = torch.arange(2, len(gain) + 2, device=gain.device, dtype=gain.dtype).log2()
     ideal = (gain.sort(1, descending=True).values / discounts).sum(1, keepdim=True)
     return torch.where(ideal > 0, gain / ideal, 0.0)
 

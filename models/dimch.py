@@ -123,34 +123,45 @@ class DIMCH(ClipHashingModel):
 
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
         """One step's loss over the global batch."""
-        c = self.config
         image_sets, text_sets = gather_rows(self.image_sets(batch["image"])), gather_rows(self.text_sets(batch["text"]))
-        labels = gather_rows(batch["labels"])
         with full_precision(image_sets.device):
-            image, text = relaxed_codes(image_sets), relaxed_codes(text_sets)
-            image_sets, text_sets = F.normalize(image_sets, dim=-1), F.normalize(text_sets, dim=-1)
-            i2t_distances, t2i_distances = set_distances(image_sets, text_sets, c.distance, c.set_similarity)
-            code_distances = (1 - cosine_similarity(image, text)).clamp(min=0)
-            terms = {
-                "set_triplet_i2t": weighted_triplet(i2t_distances, labels, c.set_margin),
-                "set_triplet_t2i": weighted_triplet(t2i_distances, labels, c.set_margin),
-                "discrepancy": maximum_mean_discrepancy(
-                    image_sets.flatten(0, 1), text_sets.flatten(0, 1), c.discrepancy_gamma
-                ),
-                "diversity_image": diversity(image_sets, c.diversity),
-                "diversity_text": diversity(text_sets, c.diversity),
-                "code_triplet_i2t": weighted_triplet(code_distances, labels, c.code_margin),
-                "code_triplet_t2i": weighted_triplet(code_distances.T, labels, c.code_margin),
-                "quantization_image": sign_quantization(image),
-                "quantization_text": sign_quantization(text),
-            }
-            loss = (
-                c.set_triplet_weight * (terms["set_triplet_i2t"] + terms["set_triplet_t2i"]) / 2
-                + c.discrepancy_weight * terms["discrepancy"]
-                + c.diversity_weight * (terms["diversity_image"] + terms["diversity_text"])
-                + c.code_triplet_weight * (terms["code_triplet_i2t"] + terms["code_triplet_t2i"]) / 2
-                + c.quantization_weight * (terms["quantization_image"] + terms["quantization_text"]) / 2
-            )
+            return self.objective(image_sets, text_sets, gather_rows(batch["labels"]))
+
+    def objective(self, image_sets: Tensor, text_sets: Tensor, labels: Tensor) -> StepOutput:
+        """The loss of the paper from the sets of all rows.
+
+        Args:
+            image_sets: Sets of pictures, [B, M, K].
+            text_sets: Sets of texts, [B, M, K].
+            labels: Multi-hot labels, [B, C].
+
+        Returns:
+            Loss and terms, unweighted.
+        """
+        c = self.config
+        image, text = relaxed_codes(image_sets), relaxed_codes(text_sets)
+        image_sets, text_sets = F.normalize(image_sets, dim=-1), F.normalize(text_sets, dim=-1)
+        i2t_distances, t2i_distances = set_distances(image_sets, text_sets, c.distance, c.set_similarity)
+        code_distances = (1 - cosine_similarity(image, text)).clamp(min=0)
+        discrepancy = maximum_mean_discrepancy(image_sets.flatten(0, 1), text_sets.flatten(0, 1), c.discrepancy_gamma)
+        terms = {
+            "set_triplet_i2t": weighted_triplet(i2t_distances, labels, c.set_margin),
+            "set_triplet_t2i": weighted_triplet(t2i_distances, labels, c.set_margin),
+            "discrepancy": discrepancy,
+            "diversity_image": diversity(image_sets, c.diversity),
+            "diversity_text": diversity(text_sets, c.diversity),
+            "code_triplet_i2t": weighted_triplet(code_distances, labels, c.code_margin),
+            "code_triplet_t2i": weighted_triplet(code_distances.T, labels, c.code_margin),
+            "quantization_image": sign_quantization(image),
+            "quantization_text": sign_quantization(text),
+        }
+        loss = (
+            c.set_triplet_weight * (terms["set_triplet_i2t"] + terms["set_triplet_t2i"]) / 2
+            + c.discrepancy_weight * discrepancy
+            + c.diversity_weight * (terms["diversity_image"] + terms["diversity_text"])
+            + c.code_triplet_weight * (terms["code_triplet_i2t"] + terms["code_triplet_t2i"]) / 2
+            + c.quantization_weight * (terms["quantization_image"] + terms["quantization_text"]) / 2
+        )
         return StepOutput(loss, terms)
 
     def encode_image(self, batch: Batch) -> Tensor:

@@ -36,7 +36,7 @@ from common.config import Section
 from common.errors import UserError
 from common.losses import full_precision
 from common.registry import MODELS
-from common.set_losses import SetMode, diversity, weighted_triplet
+from common.set_losses import diversity, weighted_triplet
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
 from models.token_sets import SetSimilarityConfig, set_distances
@@ -66,8 +66,9 @@ class UMoEDConfig(ClipModelConfig):
     separate_heads: bool  # a decoder for each modality instead of one for both
     mask_padding: bool  # queries do not see text tokens behind the end of the text
     distribution_temperature: float | None = Field(gt=0)  # T_e, of the distributions; null: unit logits in their place
-    distance: Literal["agreement", "euclidean"] | SetMode  # of distributions by position (agreement: paper) or of sets
-    set_similarity: SetSimilarityConfig  # of the latter
+    # of distributions by position (agreement: paper; euclidean), or of sets
+    distance: Literal["agreement", "euclidean", "smooth_chamfer", "chamfer", "max", "avg"]
+    set_similarity: SetSimilarityConfig  # of distances of sets
     margin: float = Field(gt=0)  # mu
     triplet_weight: float = Field(ge=0)  # a_t
     diversity_weight: float = Field(ge=0)  # a_u
@@ -205,8 +206,8 @@ class UMoED(ClipHashingModel):
     def text_logits(self, ids: Tensor) -> Tensor:
         """Logits of the bit patterns of texts [B, L], from all positions unless padding is masked: [B, M, W]."""
         behind_end = torch.arange(ids.shape[1], device=ids.device) > ids.argmax(1, keepdim=True)
-        tokens = self.backbone.text_tokens(ids)[1]
-        return self._decode("text", tokens, behind_end if self.config.mask_padding else None)
+        masks = self.config.mask_padding and len(ids) > 0  # torch's attention takes no mask of no rows
+        return self._decode("text", self.backbone.text_tokens(ids)[1], behind_end if masks else None)
 
     def _decode(self, modality: str, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         """Tokens [B, L, E] and those that are hidden, [B, L] bool -> logits [B, M, W] float32."""
@@ -216,24 +217,35 @@ class UMoED(ClipHashingModel):
 
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
         """One step's loss over the global batch."""
-        c = self.config
-        image = gather_rows(self.image_logits(batch["image"]))
-        text = gather_rows(self.text_logits(batch["text"]))
-        labels = gather_rows(batch["labels"])
+        image, text = gather_rows(self.image_logits(batch["image"])), gather_rows(self.text_logits(batch["text"]))
         with full_precision(image.device):
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-            i2t_distances, t2i_distances = self.distances(image, text)
-            terms = {
-                "triplet_i2t": weighted_triplet(i2t_distances, labels, c.margin),
-                "triplet_t2i": weighted_triplet(t2i_distances, labels, c.margin),
-                "diversity_image": diversity(image, "sample"),
-                "diversity_text": diversity(text, "sample"),
-            }
-            # Means over four and three terms: the release counts its disabled fusion terms as 0.
-            loss = (
-                c.triplet_weight * (terms["triplet_i2t"] + terms["triplet_t2i"]) / 4
-                + c.diversity_weight * (terms["diversity_image"] + terms["diversity_text"]) / 3
-            )
+            return self.objective(image, text, gather_rows(batch["labels"]))
+
+    def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
+        """The loss of the paper from the logits of all rows.
+
+        Args:
+            image: Logits of pictures, [B, M, W].
+            text: Logits of texts, [B, M, W].
+            labels: Multi-hot labels, [B, C].
+
+        Returns:
+            Loss and terms, unweighted.
+        """
+        c = self.config
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        i2t_distances, t2i_distances = self.distances(image, text)
+        terms = {
+            "triplet_i2t": weighted_triplet(i2t_distances, labels, c.margin),
+            "triplet_t2i": weighted_triplet(t2i_distances, labels, c.margin),
+            "diversity_image": diversity(image, "sample"),
+            "diversity_text": diversity(text, "sample"),
+        }
+        # Means over four and three terms: the release counts its disabled fusion terms as 0.
+        loss = (
+            c.triplet_weight * (terms["triplet_i2t"] + terms["triplet_t2i"]) / 4
+            + c.diversity_weight * (terms["diversity_image"] + terms["diversity_text"]) / 3
+        )
         return StepOutput(loss, terms)
 
     def distances(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
