@@ -338,13 +338,14 @@ def _radius_recall(ranking: Ranking) -> Tensor:
 def _interpolated_precision(ranking: Ranking, levels: Tensor) -> Tensor:
     """Largest precision at a rank whose recall is at least the level, [q, L]."""
     values = levels.new_full((len(ranking.relevant), len(levels)), torch.nan)
+    rounding = 1e-9  # 0.3 of ten items is three items, though 0.3 * 10 is above 3
     for row, (start, count) in enumerate(zip(ranking.starts.tolist(), ranking.relevant.tolist(), strict=True)):
         if count == 0:
             continue
         ranks = ranking.places[start : start + count] % ranking.size + 1
         precision = torch.arange(1, count + 1, device=ranks.device).double() / ranks
         best = precision.flip(0).cummax(0).values.flip(0)
-        values[row] = best[(levels * count).ceil().long().clamp(min=1) - 1]
+        values[row] = best[(levels * count - rounding).ceil().long().clamp(min=1) - 1]
     return values
 
 
