@@ -5,6 +5,7 @@ A file names its parents in `base: [..]` (paths relative to the file); sections 
 only.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -317,7 +318,7 @@ def _read_layers(path: Path, origins: dict[str, str], below: tuple[Path, ...]) -
         raise UserError(f"{path}: `base` must be a list of paths, e.g. base: [../base.yaml], not {parents!r}")
     merged: Tree = {}
     for parent in parents:
-        _merge(merged, _read_layers(path.parent / parent, origins, (*below, path.resolve())))
+        _merge(merged, _read_layers(Path(os.path.normpath(path.parent / parent)), origins, (*below, path.resolve())))
     for key in _leaves(tree):
         for old in [o for o in origins if key.startswith(o + ".") or o.startswith(key + ".")]:
             del origins[old]

@@ -11,7 +11,7 @@ from common.config import FREE_KEYS, Config, flatten
 from common.errors import UserError
 from common.registry import DATASETS, MODELS
 from common.types import Backbone, DataInfo
-from dataset.base import PairedDataset
+from dataset.base import PairedDataset, Split
 from models.base import ClipModelConfig, HashingModel
 from models.clip_weights import shape_of
 from runners.backbone import find_backbone
@@ -19,6 +19,7 @@ from utils.distributed import barrier, is_main
 from utils.files import FolderLock, make_folder
 
 logger = logging.getLogger(__name__)
+ENCODED_SPLITS: tuple[Split, ...] = ("query", "database")
 
 
 def claim_folder(folder: Path, resume: bool) -> FolderLock:
@@ -105,7 +106,9 @@ def build_model(
         UserError: If the data lack a field that the method needs, or the checkpoint does not fit the model.
     """
     cls: type[HashingModel] = MODELS.get(config.model.name)
-    _check_fields(cls, config, dataset)
+    dataset.require("train", cls.fields - cls.optional_fields)
+    for split in ENCODED_SPLITS:
+        dataset.require(split, (cls.image_fields | cls.text_fields) - cls.optional_fields)
     state: dict[str, Tensor] = {}
     if loaded is not None:
         state = loaded.model if loaded.is_ours else cls.import_reference(loaded.model)
@@ -121,18 +124,6 @@ def build_model(
     if loaded is not None:
         _load(model, state, loaded)
     return model.to(device)
-
-
-def _check_fields(cls: type[HashingModel], config: Config, dataset: PairedDataset) -> None:
-    encoded = (cls.image_fields | cls.text_fields) - cls.optional_fields
-    for split, needed in (("train", cls.fields - cls.optional_fields), ("query", encoded), ("database", encoded)):
-        offered = dataset.offers(split)
-        missing = sorted(needed - offered.keys())
-        if missing:
-            raise UserError(
-                f"{config.model.name} needs {', '.join(missing)}, which {config.dataset.name} does not offer in its "
-                f"{split} split (only {', '.join(sorted(offered))}); data/README.md says which file holds what"
-            )
 
 
 def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, state: dict[str, Tensor]) -> DataInfo:
@@ -170,8 +161,17 @@ def _check_sizes(backbone: Backbone, dataset: PairedDataset, config: Config) -> 
 
 
 def _load(model: HashingModel, state: dict[str, Tensor], loaded: Checkpoint) -> None:
-    """Copies a state into the model; every entry must fit, and none may be missing that codes depend on."""
+    """Copies a state into the model; every entry must fit, and none may be missing that codes depend on.
+
+    A reference checkpoint's entry that codes do not depend on may have another shape; it counts as missing.
+    """
     own = model.state_dict()
+    if not loaded.is_ours:
+        state = {
+            name: value
+            for name, value in state.items()
+            if name not in own or value.shape == own[name].shape or not model.may_be_absent(name)
+        }
     unknown = sorted(state.keys() - own.keys())
     missing = sorted(own.keys() - state.keys())
     if not loaded.is_ours:

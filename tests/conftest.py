@@ -1,0 +1,16 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_data
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """`key=value` entries that put any method's COCO config on a tiny data set with a tiny CLIP."""
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    root = tiny_data.make_dataset(folder / "data")
+    backbone = tiny_data.make_backbone(folder / "clip.safetensors")
+    return tiny_data.overrides(root, backbone, folder / "cache")

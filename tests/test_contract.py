@@ -1,0 +1,180 @@
+"""The contract of `models/base.py`, for every registered method from its own YAML."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.config import load_config
+from common.registry import MODELS
+from common.types import Batch, Progress, StepOutput
+from models.base import HashingModel
+from tests import tiny_models as tiny
+
+ROOT = Path(__file__).parent.parent
+METHODS = MODELS.names()
+PROGRESS = Progress(epoch=1, epochs=4, step=12, steps_per_epoch=10)
+SMALL = {  # settings that name sizes of their own
+    "CLIP": {
+        "bits": tiny.SHAPE.embed_dim,
+        **{name: getattr(tiny.SHAPE, name) for name in type(tiny.SHAPE).__dataclass_fields__},
+    }
+}
+
+
+def build(name: str, cache: Path) -> HashingModel:
+    return tiny.build(name, str(cache), **SMALL.get(name, {"bits": 16}))
+
+
+def rows(fields: frozenset[str], count: int = 6, seed: int = 1) -> Batch:
+    return tiny.pick(tiny.rows_of(seed).only(fields), slice(count))
+
+
+@pytest.fixture(params=METHODS)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> HashingModel:
+    return build(request.param, tmp_path)
+
+
+def test_a_step_gives_a_finite_scalar_and_every_parameter_a_gradient(model: HashingModel) -> None:
+    model.train()
+    output = model(rows(model.fields), PROGRESS)
+    assert isinstance(output, StepOutput)
+    assert output.loss.shape == () and output.loss.isfinite() and output.loss.dtype == torch.float32
+    assert output.terms and all(term.shape == () and term.isfinite() for term in output.terms.values())
+    output.loss.backward()
+    groups = model.param_groups()
+    grouped = [parameter for members in groups.values() for group in members.values() for parameter in group]
+    assert len(grouped) == len({id(parameter) for parameter in grouped})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(p)] for p in grouped if p.grad is None] == []
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {names[id(p)] for p in grouped} == trainable
+
+
+def test_groups_are_those_of_every_shipped_config(model: HashingModel) -> None:
+    for path in sorted((ROOT / "configs" / _name(model)).glob("*.yaml")):
+        optim = load_config(path).optim
+        assert {name: set(entry.lr) for name, entry in optim.items()} == {
+            name: set(groups) for name, groups in model.param_groups().items()
+        }, path
+
+
+def test_frozen_parameters_do_not_move(model: HashingModel) -> None:
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    model(rows(model.fields), PROGRESS).loss.backward()
+    optimizer.step()
+    for name, before in frozen.items():
+        assert torch.equal(dict(model.named_parameters())[name], before), name
+
+
+def test_codes_are_signs_of_the_right_width_and_repeatable(model: HashingModel) -> None:
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for encode, fields in ((model.encode_image, model.image_fields), (model.encode_text, model.text_fields)):
+        batch = rows(fields)
+        with torch.no_grad():
+            codes, again = encode(batch), encode(batch)
+            alone = torch.cat([encode(tiny.pick(batch, [row])) for row in range(batch.rows)])
+        assert codes.shape == (batch.rows, sum(model.code_lengths)) and codes.dtype == torch.float32
+        assert bool((codes.abs() == 1).all())
+        assert torch.equal(codes, again)
+        assert (codes != alone).float().mean() < 0.01  # a code is its row's own: only rounding may differ
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.code_lengths[0] == model.bits
+
+
+def test_encoders_need_no_optional_field_and_nothing_of_the_other_modality(model: HashingModel) -> None:
+    model.eval()
+    assert "text" not in model.image_fields and "labels" not in model.image_fields | model.text_fields
+    with torch.no_grad():
+        model.encode_text(rows(model.text_fields - model.optional_fields))
+        model.encode_image(rows(model.image_fields - model.optional_fields))
+
+
+def test_a_batch_of_one_row_works(model: HashingModel) -> None:
+    model.train()
+    assert model(rows(model.fields, count=1), PROGRESS).loss.isfinite()
+
+
+def test_all_state_is_parameters_and_buffers(model: HashingModel) -> None:
+    for name, module in model.named_modules():
+        hidden = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
+        assert hidden == [], f"{name}: {hidden}"
+
+
+def test_state_dict_round_trip_gives_the_same_model(model: HashingModel, tmp_path: Path) -> None:
+    model.train()
+    torch.manual_seed(5)
+    model(rows(model.fields), PROGRESS)
+    other = build(_name(model), tmp_path)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(model.state_dict())
+    model.eval(), other.eval()
+    with torch.no_grad():
+        batch = rows(model.image_fields)
+        assert torch.equal(model.encode_image(batch), other.encode_image(batch))
+        batch = rows(model.text_fields)
+        assert torch.equal(model.encode_text(batch), other.encode_text(batch))
+    model.train(), other.train()
+    batch = rows(model.fields, seed=3)
+    losses = []
+    for each in (model, other):
+        torch.manual_seed(4)
+        losses.append(each(batch, PROGRESS).loss)
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_steps_are_functions_of_the_seed(model: HashingModel) -> None:
+    model.train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = []
+    for _ in range(2):
+        model.load_state_dict(state)
+        torch.manual_seed(3)
+        losses.append(model(rows(model.fields), PROGRESS).loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_labels_reach_only_methods_that_name_them(model: HashingModel) -> None:
+    source = inspect.getsource(type(model))
+    if "labels" not in model.fields:
+        assert "labels_of_training_set" not in source and '["labels"]' not in source
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_config_field_is_read(name: str) -> None:
+    """A setting that nothing reads would be a promise that nobody keeps."""
+    cls = MODELS.get(name).Config
+    sources = "\n".join(path.read_text() for path in (ROOT / "models").glob("*.py"))
+    read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)}
+    ours = {field for field in cls.model_fields if field not in {"name", "backbone"}}
+    assert ours <= read, ours - read
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_header_says_where_it_comes_from(name: str) -> None:
+    path = Path(inspect.getfile(MODELS.get(name)))
+    header = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert re.search(r"^Paper: ", header, re.M) and "Deviations" in header
+    assert "Authors' code: " in header
+    assert len(path.read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("folder", ["common", "runners", "utils"])
+def test_shared_code_branches_on_no_method(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not words & set(METHODS), path
+
+
+def _name(model: HashingModel) -> str:
+    return next(name for name in METHODS if MODELS.get(name) is type(model))
