@@ -1,8 +1,8 @@
 """What the preparation scripts of the benchmark data sets share: from a list of pairs to checked files.
 
 A script reads the official annotation files and hands `Pairs` to `prepare`, which goes through every picture, refuses
-or leaves out what is missing or broken, writes `index.mat`, `caption.mat`, `label.mat`, `labels.txt`, and states what it
-found beside the known figures. `run` is a script's command line, `prepare` its work.
+or leaves out what is missing or broken, writes `index.mat`, `caption.mat`, `label.mat` and `labels.txt`, and states
+what it found beside the known figures. `run` is a script's command line, `prepare` its work.
 """
 
 import argparse
@@ -250,7 +250,7 @@ def inspect_picture(path: Path) -> Picture | None:
     try:
         with Image.open(io.BytesIO(content)) as picture:
             mode, (width, height) = picture.mode, picture.size
-            # JPEG's cheapest scale: every coded bit is still read, so a cut file is noticed, in a third of the time.
+            # JPEG's cheapest scale: every coded bit is still read, so a cut file is noticed, in less time.
             picture.draft("L", (1, 1))
             picture.load()
     except Exception as error:  # noqa: BLE001 - decoders fail in many ways on bytes that are no picture

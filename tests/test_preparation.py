@@ -22,10 +22,10 @@ from scipy.io import loadmat
 from tqdm import tqdm
 
 from common.errors import UserError
-from data import make_coco, make_mirflickr25k, make_nuswide, make_wiki, preparation
+from data import make_coco, make_mirflickr25k, make_nuswide, make_wiki, mat_files, preparation
 from data.mat_files import string_cells, string_rows, write_mat
 from data.preparation import JOURNAL, REPORT, find, inspect_picture, read_lines, scan_pictures
-from tests import miniatures
+from tests import datasets, miniatures
 from utils.files import FolderLock
 
 SCRIPTS = {"mirflickr25k": make_mirflickr25k, "nuswide": make_nuswide, "coco": make_coco, "wiki": make_wiki}
@@ -62,6 +62,20 @@ def in_child(work: Callable[[], object]) -> int:
         work()
     finally:
         os._exit(0)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_data_set_opens_what_was_written_without_a_path_being_named(name: str, tmp_path: Path) -> None:
+    source, root = source_of(name, tmp_path), tmp_path / "root"
+    assert prepare(name, source, root) == 0
+    data = datasets.opened(root, split={"seed": 1, "query": 1, "train": 2})
+    pairs = SCRIPTS[name].collect(source, next(iter(SCRIPTS[name].PROTOCOLS)))
+    assert list(data.names) == list(pairs.images)
+    assert data.labels.tolist() == pairs.labels.tolist()
+    assert data.columns["train"]["text"].captions.texts == [  # type: ignore[attr-defined]
+        [mat_files.clean_text(text) for text in item] or [""] for item in pairs.captions
+    ]
+    assert {data.pictures.read(number).size for number in range(len(pairs.images))} == {(40, 30)}
 
 
 @pytest.fixture
