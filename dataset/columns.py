@@ -69,7 +69,7 @@ class MatrixColumn(RowColumn):
         return (self.matrix.shape[1],)
 
     def rows(self, rows: Tensor, draws: Tensor) -> Tensor:
-        """0 or 1, [B, C] float32."""
+        """The matrix at `rows` [B], 0 or 1: [B, C] float32. `draws` [B] is not needed."""
         return self.matrix[self.items[rows]].float()
 
 
@@ -91,7 +91,7 @@ class CaptionColumn(RowColumn):
         return (self.captions.length,)
 
     def rows(self, rows: Tensor, draws: Tensor) -> Tensor:
-        """Token ids of the caption that `draws` [B] chooses, [B, L] int64."""
+        """Token ids of the captions that `draws` [B] chooses at `rows` [B]: [B, L] int64."""
         return self.captions.rows(self.items[rows], draws)
 
 
@@ -113,5 +113,5 @@ class WordColumn(RowColumn):
         return (self.words.size,)
 
     def rows(self, rows: Tensor, draws: Tensor) -> Tensor:
-        """1 where a word is present, [B, V] float32."""
+        """1 where a word is present in the texts at `rows` [B], else 0: [B, V] float32. `draws` [B] is not needed."""
         return self.words.rows(self.items[rows])

@@ -41,7 +41,7 @@ class WorkerSource:
         )
 
     def want(self, view: View, rows: Tensor) -> None:
-        """Nothing to do: pictures are read when their batch comes."""
+        """As `PictureSource.want`, rows [m]; nothing to do, since pictures are read when their batch comes."""
 
     def batches(self, jobs: Sequence[Job]) -> Iterator[list[Tensor]]:
         """For every job, one normalised tensor [B, 3, R, R] on the device per list of picture numbers.
