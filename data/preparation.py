@@ -176,7 +176,7 @@ def parallel(
     Yields:
         Item and result.
     """
-    pool = ThreadPoolExecutor(2 * len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(2 * (os.cpu_count() or 1))
     try:
         with tqdm(total=len(items), desc=title, unit=unit, smoothing=0.05, disable=not items) as bar:
             for start in range(0, len(items), BATCH):
@@ -345,7 +345,7 @@ def make_report(
         ("picture widths", _spread([p.width for p in seen]), ""),
         ("picture heights", _spread([p.height for p in seen]), ""),
     ]
-    table = "\n".join(f"{name:<28}{found:<36}{known}".rstrip() for name, found, known in rows)
+    table = "\n".join(f"{name:<28}{found:<18}{known}".rstrip() for name, found, known in rows)
     labels = "; ".join(f"{name} {count:,}" for name, count in zip(kept.classes, items, strict=True))
     histogram = textwrap.fill(f"items of every label: {labels}", 118, subsequent_indent="  ")
     head = f"{title}: {protocol.rule}\nreported by {protocol.papers}\n\n{table}\n\n{histogram}\n"

@@ -294,6 +294,22 @@ def test_archives_unpacked_into_a_folder_each(tmp_path: Path) -> None:
         assert (source / path.rstrip()).is_file() and (tmp_path / "root" / path.rstrip()).is_file()
 
 
+def test_interrupted_by_the_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, root = source_of("wiki", tmp_path), tmp_path / "root"
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "make_report", interrupted)
+        assert prepare("wiki", source, root) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert prepare("wiki", source, root) == 0
+    assert "still to be checked" not in capsys.readouterr().err
+
+
 def test_find_takes_the_nearest(tmp_path: Path) -> None:
     for folder in ("a/b/c", "b/c", "d/e/f/g/h"):
         (tmp_path / folder / "x").mkdir(parents=True)
