@@ -127,8 +127,8 @@ def _on_cpu(
     codes: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], measure: Callable[[Ranking], Tensor]
 ) -> Tensor:
     bits, size, queries = codes[0].shape[1], len(codes[1]), len(codes[0])
-    query_codes, database_codes = (_pack(table > 0) for table in codes)
-    query_labels, database_labels = (_pack(table != 0) for table in labels)
+    query_codes, database_codes = (pack(table > 0) for table in codes)
+    query_labels, database_labels = (pack(table != 0) for table in labels)
     threads = torch.get_num_threads()
     rows = max(1, min(_PAIRS_ON_CPU // size, -(-queries // threads)))
 
@@ -142,13 +142,20 @@ def _on_cpu(
         return torch.cat(list(pool.map(measure_rows, range(0, queries, rows))))
 
 
-def _pack(table: Tensor) -> Words:
-    """Rows of bools [N, W] as 64-bit words, [N, ceil(W / 64)]."""
+def pack(table: Tensor) -> Words:
+    """Rows of bools as rows of 64-bit words, the last one filled up with zeros.
+
+    Args:
+        table: [N, W] bool, on the CPU.
+
+    Returns:
+        [N, ceil(W / 64)].
+    """
     packed = np.packbits(table.numpy(), axis=1)
     return np.ascontiguousarray(np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))).view(np.uint64)
 
 
-def _count_ones(context: Any, word: Any) -> Any:
+def _emit_count_ones(context: Any, word: Any) -> Any:
     """Number of ones of a word, [] uint64: the processor's instruction, which numba has no name for."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -157,7 +164,7 @@ def _count_ones(context: Any, word: Any) -> Any:
     return word(word), emit
 
 
-_ones: Any = intrinsic(_count_ones)
+count_ones: Any = intrinsic(_emit_count_ones)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,14 +200,14 @@ def _rank(
     for row in range(queries):
         code, label = query_codes[row], query_labels[row]
         for item in range(size):
-            distance_of[item] = _ones(code[0] ^ database_codes[item, 0])
-            shared_of[item] = _ones(label[0] & database_labels[item, 0])
+            distance_of[item] = count_ones(code[0] ^ database_codes[item, 0])
+            shared_of[item] = count_ones(label[0] & database_labels[item, 0])
         for word in range(1, len(code)):
             for item in range(size):
-                distance_of[item] += _ones(code[word] ^ database_codes[item, word])
+                distance_of[item] += count_ones(code[word] ^ database_codes[item, word])
         for word in range(1, len(label)):
             for item in range(size):
-                shared_of[item] += _ones(label[word] & database_labels[item, word])
+                shared_of[item] += count_ones(label[word] & database_labels[item, word])
         for item in range(size):
             items[row, distance_of[item]] += 1
             hits[row, distance_of[item]] += shared_of[item] > 0

@@ -78,7 +78,8 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", ["p0", "p1", "p2"])
 def test_golden(name: str) -> None:
     golden = np.load(GOLDEN)
-    p = [torch.tensor(golden[f"{name}/in/{part}"]) for part in ("query_code", "db_code", "query_label", "db_label")]
+    parts = ("query_code", "db_code", "query_label", "db_label")
+    p = cast(Problem, tuple(torch.tensor(golden[f"{name}/in/{part}"]) for part in parts))
     for k in (None, 50, 100):
         values = average_precision(*p, k)
         np.testing.assert_allclose(values.nan_to_num(0).numpy(), golden[f"{name}/out/ap/{k or 'all'}"], atol=1e-6)

@@ -1,0 +1,163 @@
+"""Curves as PNG files: precision-recall, precision@N, training loss.
+
+Every function takes numbers and writes one file. Colours are Okabe and Ito's, which colour-blind readers tell apart;
+every line also has its own dash or marker, so that a grey print stays readable.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common.errors import UserError
+from utils.files import atomic
+
+Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_DASHES = ("-", "--", "-.", ":")
+
+
+def plot_precision_recall(curves: Mapping[str, Curve], title: str, path: Path) -> None:
+    """Precision over recall, both on [0, 1].
+
+    Args:
+        curves: Name of a method (or direction) -> (recall, precision); points that are NaN are left out.
+        title: Data set, bits, direction.
+        path: PNG file to write.
+
+    Raises:
+        UserError: If there is nothing to draw or the file cannot be written.
+    """
+    figure, axes = _open("Recall", "Precision", title)
+    _draw(axes, curves, markers=True)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    _save(figure, path)
+
+
+def plot_precision_at(curves: Mapping[str, Curve], title: str, path: Path) -> None:
+    """Precision among the first N results.
+
+    Args:
+        curves: Name -> (N, precision@N).
+        title: Data set, bits, direction.
+        path: PNG file to write.
+
+    Raises:
+        UserError: As `plot_precision_recall`.
+    """
+    figure, axes = _open("Number of results N", "Precision@N", title)
+    _draw(axes, curves, markers=True)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.02)
+    _save(figure, path)
+
+
+def plot_training_loss(curves: Mapping[str, Curve], title: str, path: Path) -> None:
+    """Loss over optimizer steps; every step pale, their running mean (a fiftieth of the run) in full colour.
+
+    Args:
+        curves: Name -> (step, loss), as `read_training_log` gives them.
+        title: Method, data set, bits.
+        path: PNG file to write.
+
+    Raises:
+        UserError: As `plot_precision_recall`.
+    """
+    figure, axes = _open("Step", "Loss", title)
+    for number, (steps, losses) in enumerate(curves.values()):
+        axes.plot(steps, losses, color=_COLOURS[number % len(_COLOURS)], alpha=0.25, linewidth=0.8)
+    _draw(axes, {name: (steps, _running_mean(losses)) for name, (steps, losses) in curves.items()}, markers=False)
+    axes.margins(x=0)
+    _save(figure, path)
+
+
+def read_training_log(path: Path) -> dict[str, Curve]:
+    """Loss and terms of every step of a run.
+
+    Args:
+        path: The run's `log.jsonl`; a last line that is cut off (a run still writing) is left out.
+
+    Returns:
+        `{"loss": (steps, values), <term>: ...}`.
+
+    Raises:
+        UserError: If the file cannot be read, or is no such log.
+    """
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"training log {path} cannot be read: {error}; name the log.jsonl of a run's folder") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            record: Any = json.loads(line)
+            step, event = record.pop("step"), record.pop("event")
+            values = {name: float(value) for name, value in record.items()} if event == "step" else {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path}, line {number}: not a line of a training log; name the log.jsonl of a run's folder"
+            ) from None
+        for name, value in values.items():
+            steps, series = curves.setdefault(name, ([], []))
+            steps.append(step)
+            series.append(value)
+    return dict(curves)
+
+
+def _open(x: str, y: str, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, 4.2), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=10)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _draw(axes: Axes, curves: Mapping[str, Curve], markers: bool) -> None:
+    finite = {name: _finite(curve) for name, curve in curves.items()}
+    if not any(xs for xs, _ in finite.values()):
+        raise UserError(f"nothing to draw in the plot {axes.get_title()!r}: no curve has a number")
+    for number, (name, (xs, ys)) in enumerate(finite.items()):
+        axes.plot(
+            xs,
+            ys,
+            label=name,
+            color=_COLOURS[number % len(_COLOURS)],
+            linestyle=_DASHES[number % len(_DASHES)],
+            marker=_MARKERS[number % len(_MARKERS)] if markers else None,
+            markersize=3.5,
+            markevery=max(1, len(xs) // 12),
+            linewidth=1.5,
+            clip_on=not markers,  # a marker on the frame is drawn whole
+        )
+    axes.legend(frameon=False, fontsize=8, ncols=2 if len(finite) > 5 else 1)
+
+
+def _finite(curve: Curve) -> tuple[list[float], list[float]]:
+    points = [(x, y) for x, y in zip(*curve, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over the last fiftieth of the series, [N] -> [N]."""
+    window = max(1, len(values) // 50)
+    means, total = [], 0.0
+    for number, value in enumerate(values):
+        total += value - (values[number - window] if number >= window else 0.0)
+        means.append(total / min(number + 1, window))
+    return means
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
