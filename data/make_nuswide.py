@@ -108,8 +108,8 @@ def _label(path: Path, count: int) -> npt.NDArray[np.bool_]:
 
 
 def _all_tags(path: Path, images: list[str]) -> list[str]:
-    """All tags of every picture, joined by blanks."""
-    lines = [line.split() for line in read_lines(path) if line]
+    """All tags of every picture, with blanks between."""
+    lines = [line.split(maxsplit=1) for line in read_lines(path) if line]
     if len(lines) != len(images):
         raise UserError(
             f"{path}: has {len(lines):,} lines, Imagelist.txt {len(images):,}; unpack NUS_WID_Tags.zip again"
@@ -117,7 +117,7 @@ def _all_tags(path: Path, images: list[str]) -> list[str]:
     for row, (line, image) in enumerate(zip(lines, images, strict=True), 1):
         if line[0] != Path(image).stem.rpartition("_")[2]:
             raise UserError(f"{path}: line {row} is of picture {line[0]}, but Imagelist.txt has {image} there")
-    return [" ".join(line[1:]) or NO_TAGS for line in lines]
+    return [line[1] if len(line) > 1 else NO_TAGS for line in lines]
 
 
 def _frequent_tags(path: Path, names: list[str], count: int) -> list[str]:
