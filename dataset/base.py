@@ -213,6 +213,17 @@ class PairedDataset(ABC):
         """Shape of one row of every batch field that a split offers."""
         return {field: column.shape for field, column in self.columns[split].items()}
 
+    def constant_fields(self, split: Split) -> frozenset[str]:
+        """The fields of a split whose rows are the same in every epoch: not augmented, with nothing to choose from."""
+        moving = PictureColumn if self.config.augment else ()
+        return frozenset(
+            field for field, column in self.columns[split].items() if column.constant and not isinstance(column, moving)
+        )
+
+    def marks(self, fields: frozenset[str]) -> tuple[str, ...]:  # noqa: ARG002 - most data sets have none
+        """Remarks that results must carry when codes are made from these fields."""
+        return ()
+
     def require(self, split: Split, fields: frozenset[str]) -> None:
         """Checks that a split offers some fields.
 

@@ -16,6 +16,11 @@ class Column(ABC):
     def shape(self) -> tuple[int, ...]:
         """Shape of one row."""
 
+    @property
+    def constant(self) -> bool:
+        """Whether a row has only one value; augmentation of pictures is not the column's."""
+        return True
+
 
 @dataclass(frozen=True)
 class PictureColumn(Column):
@@ -89,6 +94,11 @@ class CaptionColumn(RowColumn):
     def shape(self) -> tuple[int, ...]:
         """(L,)."""
         return (self.captions.length,)
+
+    @property
+    def constant(self) -> bool:
+        """Whether every item has one caption, so that nothing is chosen."""
+        return all(len(self.captions.texts[item]) == 1 for item in self.items.tolist())
 
     def rows(self, rows: Tensor, draws: Tensor) -> Tensor:
         """Token ids of the captions that `draws` [B] chooses at `rows` [B]: [B, L] int64."""

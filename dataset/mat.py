@@ -39,6 +39,7 @@ class MatConfig(PairedConfig):
     labels: list[str] = Field(min_length=1)
     image_captions: list[str]  # optional: sentences that describe the pictures; .mat, .txt, or .jsonl
     query_counterpart: Literal["generated", "text_only", "paired"]  # what stands in for a text query's picture
+    database_counterpart: Literal["paired", "text_only"]  # whether database texts go with their own picture
     counterpart_images: str | None  # generated: folder with 1.png, 2.png, ... in the order of the query split
     counterpart_captions: str | None  # generated: text file with a caption of each of them, one a line
 
@@ -92,9 +93,27 @@ class MatDataset(PairedDataset):
         if field in ("image_caption", "counterpart_image", "counterpart_caption"):
             if "image_caption" not in self.columns["train"]:
                 names = ", ".join(config.image_captions) or "a file named in dataset.image_captions"
-                return f"put one of {names} into {config.root}: a sentence that describes each picture"
+                return f"put one of {names} into {config.root} (data/make_image_captions.py makes it)"
             return "set dataset.query_counterpart to generated (and name the generated pictures) or paired"
         return super().way_out(field, split)
+
+    def marks(self, fields: frozenset[str]) -> tuple[str, ...]:
+        """As `PairedDataset.marks`."""
+        if "counterpart_image" not in fields:
+            return ()
+        partners = {
+            "paired": "together with their own picture and its caption",
+            "generated": "together with a generated picture and its caption",
+            "text_only": "alone, without a counterpart",
+        }
+        query, database = (partners[self._counterpart(split)] for split in ("query", "database"))
+        oracle = ", an oracle: do not report these numbers" if self.config.query_counterpart == "paired" else ""
+        return (f"query texts are encoded {query}{oracle}", f"database texts are encoded {database}")
+
+    def _counterpart(self, split: Split) -> Literal["generated", "text_only", "paired"]:
+        """What stands beside the texts of a split; training texts have their own picture."""
+        settings = {"query": self.config.query_counterpart, "database": self.config.database_counterpart}
+        return settings.get(split, "paired")
 
     def _add_image_captions(self) -> None:
         """`image_caption`, and the counterparts of texts whose own picture may be used."""
@@ -112,7 +131,7 @@ class MatDataset(PairedDataset):
         captions = Captions(texts, self.config.text_length)
         for split, columns in self.columns.items():
             columns["image_caption"] = CaptionColumn(captions, self.splits.items(split))
-            if split != "query" or self.config.query_counterpart == "paired":
+            if self._counterpart(split) == "paired":
                 columns["counterpart_image"] = columns["image"]
                 columns["counterpart_caption"] = columns["image_caption"]
 

@@ -62,6 +62,20 @@ class HashingModel(nn.Module, ABC):
         """`training_step`, under the name that DistributedDataParallel wraps."""
         return self.training_step(batch, progress)
 
+    @property
+    def rememberable_fields(self) -> frozenset[str]:
+        """Fields of `fields` of which `remember` can keep all that training steps need."""
+        return frozenset()
+
+    def remember(self, batch: Batch) -> None:
+        """Keeps what training steps need of the batch's fields, for these rows of the training split.
+
+        Called over the whole split before training, and again when a run goes on, with those of `rememberable_fields`
+        that are the same in every epoch; the batches of training steps then lack them. Batches are those of the first
+        epoch wherever the run stands, so what is kept is the same to the last bit. It is no part of the checkpoint.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names rememberable_fields, so it must define remember")
+
     @abstractmethod
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of the global batch; writes memory banks. `batch` holds this process's rows and the model's `fields`."""

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "text_length": 12,
     "vocabulary": 5,
     "query_counterpart": "text_only",
+    "database_counterpart": "paired",
     "counterpart_images": None,
     "counterpart_captions": None,
 }
