@@ -303,13 +303,10 @@ def _ndcg(cutoff: Cutoff, size: int, most_shared: int, device: torch.device) -> 
     gains = torch.exp2(grades.double()) - 1
 
     def measure(ranking: Ranking) -> Tensor:
-        rows = ranking.places // size
-        shared = ranking.shared.long()
-        gain = (torch.exp2(shared.double()) - 1) * discounts[ranking.places % size]
+        rows, grade = ranking.rows, most_shared - ranking.shared.int()
+        gain = gains[grade] * discounts[ranking.places - rows * size]
         total = gain.new_zeros(len(ranking.relevant)).index_add(0, rows, gain)
-        counts = torch.bincount(
-            rows * most_shared + most_shared - shared, minlength=len(ranking.relevant) * most_shared
-        )
+        counts = torch.bincount(rows * most_shared + grade, minlength=len(ranking.relevant) * most_shared)
         ends = counts.view(-1, most_shared).cumsum(1)  # items of at least a grade, [q, C]
         ideal = (best[ends].diff(dim=1, prepend=best.new_zeros(len(ends), 1)) * gains).sum(1)
         return total / ideal

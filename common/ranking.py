@@ -9,6 +9,7 @@ elsewhere torch's own operations do it.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numba
@@ -49,6 +50,11 @@ class Ranking:
     hits: Tensor
 
     @property
+    def rows(self) -> Tensor:
+        """Query of every relevant item, [n] int64."""
+        return torch.repeat_interleave(self.relevant)
+
+    @property
     def starts(self) -> Tensor:
         """Where each query's relevant items start, [q] int64."""
         return self.relevant.cumsum(0) - self.relevant
@@ -76,7 +82,8 @@ def rank_and_measure(
     Args:
         codes: Codes in {-1, +1} of queries [Q, K] and database [D, K], on the device that does the work.
         labels: Multi-hot labels of queries [Q, C] and database [D, C], on the same device.
-        measure: Ranking of q queries -> [q, M]. Called from several threads on the CPU.
+        measure: Ranking of q queries -> [q, M]. Called from several threads on the CPU; the ranking is valid only
+            during the call.
 
     Returns:
         [Q, M] in the order of the queries.
@@ -131,12 +138,24 @@ def _on_cpu(
     query_labels, database_labels = (pack(table != 0) for table in labels)
     threads = torch.get_num_threads()
     rows = max(1, min(_PAIRS_ON_CPU // size, -(-queries // threads)))
+    # Every thread writes its blocks into the same memory again: fresh pages would cost as much as the ranking.
+    free: SimpleQueue[list[np.ndarray]] = SimpleQueue()
+    for _ in range(threads):
+        free.put([np.empty(rows * size, dtype) for dtype in (np.int64, np.int16, np.float64)])
 
     def measure_rows(start: int) -> Tensor:
         block = slice(start, start + rows)
-        arrays = _rank(query_codes[block], database_codes, query_labels[block], database_labels, bits)
-        relevant, places, shared, precision_sums, items, hits = (torch.from_numpy(array) for array in arrays)
-        return measure(Ranking(size, relevant, places, shared, precision_sums, items, hits))
+        out = free.get()
+        try:
+            relevant, items, hits = _rank(
+                query_codes[block], database_codes, query_labels[block], database_labels, bits, *out
+            )
+            count = relevant.sum()
+            places, shared, precision_sums = (torch.from_numpy(array[:count]) for array in out)
+            relevant, items, hits = (torch.from_numpy(array) for array in (relevant, items, hits))
+            return measure(Ranking(size, relevant, places, shared, precision_sums, items, hits))
+        finally:
+            free.put(out)
 
     with ThreadPoolExecutor(threads) as pool:
         return torch.cat(list(pool.map(measure_rows, range(0, queries, rows))))
@@ -177,17 +196,20 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compiled
 def _rank(
-    query_codes: Words, database_codes: Words, query_labels: Words, database_labels: Words, bits: int
-) -> tuple[np.ndarray, ...]:
-    """Arrays of a Ranking, in the order of its attributes."""
+    query_codes: Words,
+    database_codes: Words,
+    query_labels: Words,
+    database_labels: Words,
+    bits: int,
+    places: np.ndarray,
+    shared: np.ndarray,
+    sums: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fills the start of `places`, `shared` and `sums`; returns `relevant`, `items` and `hits` of a Ranking."""
     queries, size = len(query_codes), len(database_codes)
     relevant = np.zeros(queries, np.int64)
     items = np.zeros((queries, bits + 1), np.int64)
     hits = np.zeros((queries, bits + 1), np.int64)
-    places = np.empty(queries * size, np.int64)
-    shared = np.empty(queries * size, np.int16)
-    sums = np.empty(queries * size, np.float64)
-
     distance_of = np.empty(size, np.uint16)
     shared_of = np.empty(size, np.int16)
     next_rank = np.empty(bits + 1, np.int64)
@@ -239,4 +261,4 @@ def _rank(
                 slot += 1
             slot += 1
         relevant[row] = found
-    return relevant, places[:count], shared[:count], sums[:count], items, hits
+    return relevant, items, hits

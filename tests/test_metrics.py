@@ -1,5 +1,6 @@
 """Metrics against recorded numbers of the references, brute force written here, and properties that must hold."""
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any, cast
@@ -261,7 +262,7 @@ def test_ranking_with_torch_in_blocks_equals_the_compiled_one(monkeypatch: pytes
     compiled: list[ranking.Ranking] = []
 
     def keep(block: ranking.Ranking) -> Tensor:
-        compiled.append(block)
+        compiled.append(copy.deepcopy(block))  # its memory is used again
         return block.relevant.unsqueeze(1)
 
     ranking.rank_and_measure(p[:2], p[2:], keep)
