@@ -10,9 +10,11 @@ import traceback
 from pathlib import Path
 
 from common.checkpoint import load
-from common.config import Config, build_config, flatten, load_config
+from common.config import Config, build_config, flatten, has_section, load_config
 from common.errors import UserError
 from common.registry import DATASETS, MODELS, RUNNERS
+from runners.evaluation import evaluate_file
+from runners.sweep import Sweep
 from utils import launch
 from utils.logging import say, setup_logging, table
 from utils.signals import Interrupted
@@ -57,11 +59,19 @@ def import_file(path: Path) -> None:
         ) from None
 
 
+def overrides_of(options: argparse.Namespace) -> list[str]:
+    """All `section.key=value` entries; the flags are short names of some, and come last."""
+    flags = {
+        "save_dir": options.save_dir,
+        "device": options.device,
+        "distribute": "true" if options.distribute else None,
+    }
+    return options.overrides + [f"run.{key}={value}" for key, value in flags.items() if value is not None]
+
+
 def read_config(options: argparse.Namespace) -> Config:
     """The configuration that the options ask for; that of the run or of the checkpoint where no file is named."""
-    flags = {"save_dir": options.save_dir, "device": options.device, "distribute": options.distribute or None}
-    overrides = options.overrides + [f"run.{key}={value}".lower() if key == "distribute" else f"run.{key}={value}"
-                                     for key, value in flags.items() if value is not None]  # fmt: skip
+    overrides = overrides_of(options)
     if options.config_file is not None:
         return load_config(options.config_file, overrides)
     if options.resume and options.save_dir is not None:
@@ -89,21 +99,26 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         say(list_registered())
         return 0
-    config = read_config(options)
+    sweep = None
+    if options.config_file is not None and has_section(options.config_file, "sweep"):
+        sweep = Sweep(options.config_file, overrides_of(options))
+    config = sweep.planned[0] if sweep is not None else read_config(options)
     if options.print_config:
         rows = [[key, str(value), config.origins.get(key, "")] for key, value in flatten(config.tree).items()]
         say(table([["key", "value", "from"], *rows]))
         return 0
     if config.run.distribute and not launch.in_group():
-        count = len(launch.devices(config.run.device))
-        if count == 1:
-            raise UserError(f"--distribute needs several devices, but {config.run.device} is one; e.g. --device 0,1")
-        return launch.launch(count)
+        return launch.launch(launch.count_processes(config.run.device))
     if launch.in_group():
         launch.join(config.run.device)
-    runner = RUNNERS.get(config.run.runner)(config)
-    runner.setup(resume=options.resume or launch.restarted(), evaluate=options.evaluate)
-    runner.run()
+    if sweep is not None:
+        sweep.run()
+    elif options.evaluate is not None:
+        evaluate_file(config, options.evaluate)
+    else:
+        runner = RUNNERS.get(config.run.runner)(config)
+        runner.setup(resume=options.resume or launch.restarted())
+        runner.run()
     return 0
 
 
@@ -123,7 +138,10 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before training began; run the same command again\n")
         return 130
-    except Exception:
+    except Exception as error:
+        if "DataLoader worker" in str(error):  # torch notices a killed worker wherever the main process stands
+            sys.stderr.write("error: a loader process was killed, probably for lack of memory; lower run.workers\n")
+            return 2
         if launch.first_to_fail():
             traceback.print_exc()
         return 1

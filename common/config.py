@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -167,8 +167,44 @@ def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides
             continue
         checked[section] = _check_section(section, value, origins, errors)
     if errors:
-        raise UserError("the configuration is not valid:\n  " + "\n  ".join(errors) if len(errors) > 1 else errors[0])
+        raise UserError(_joined(errors))
     return Config(tree=tree, origins=origins, **checked)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_section(path: str | Path, name: str, schema: type[SectionT], overrides: list[str]) -> SectionT:
+    """Reads a YAML file that consists of one section of its own.
+
+    Args:
+        path: The YAML file.
+        name: The section's name.
+        schema: What it must hold.
+        overrides: Entries `name.key=value`.
+
+    Returns:
+        The checked section.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    origins: dict[str, str] = {}
+    tree = _apply_overrides(_read_layers(Path(path), origins, ()), origins, overrides)
+    errors = [f"{key}: unknown section beside {name}{_place(key, origins)}" for key in tree if key != name]
+    section = _validate(schema, tree.get(name, {}), name, origins, errors)
+    if errors:
+        raise UserError(_joined(errors))
+    return cast(SectionT, section)
+
+
+def has_section(path: str | Path, name: str) -> bool:
+    """Whether a YAML file, or a parent of it, has a section of that name."""
+    return name in _read_layers(Path(path), {}, ())
+
+
+def _joined(errors: list[str]) -> str:
+    return errors[0] if len(errors) == 1 else "the configuration is not valid:\n  " + "\n  ".join(errors)
 
 
 def _check_section(section: str, value: Tree, origins: Mapping[str, str], errors: list[str]) -> Any:

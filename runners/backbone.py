@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.registry import RUNNERS
 from common.types import Backbone
 from models.clip_pretraining import export_clip
-from models.clip_weights import open_backbone, read_clip, write_clip
+from models.clip_weights import is_config, open_backbone, read_clip, write_clip
 from utils.distributed import barrier, from_main, is_main
 from utils.files import FolderLock, make_folder
 from utils.signals import Interrupted
@@ -30,12 +30,14 @@ def find_backbone(config: Config) -> Backbone:
         UserError: If the weights cannot be had.
     """
     name = config.model.backbone
-    if Path(name).suffix in {".yaml", ".yml"}:
+    if is_config(name):
         return _trained_backbone(name, config)
+    if not is_main():
+        barrier()  # the first process downloads
+    backbone = open_backbone(name, config.run.cache_dir)
     if is_main():
-        open_backbone(name, config.run.cache_dir)  # one process downloads
-    barrier()
-    return open_backbone(name, config.run.cache_dir)
+        barrier()
+    return backbone
 
 
 def _trained_backbone(name: str, config: Config) -> Backbone:
@@ -93,4 +95,3 @@ def _train(recipe: Config, weights: Path, config: Config) -> None:
         metadata = {"source": f"trained on {recipe.dataset.name}, split {runner.dataset.splits.fingerprint}"}
         write_clip(weights, export_clip(runner.model), metadata)
         shutil.rmtree(runner.checkpoints.folder)
-        runner.lock.release()

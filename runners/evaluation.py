@@ -3,20 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.io
 import torch
 from torch import Tensor
 
-from common.config import EvaluateConfig
+from common.checkpoint import load
+from common.config import Config, EvaluateConfig
 from common.metrics import retrieval_report
+from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel
-from utils.distributed import gather_rows
-from utils.files import atomic
-from utils.logging import progress
+from runners.report import results_table, summarise
+from runners.setup import autocast, build_model, make_loader, open_dataset
+from utils.distributed import barrier, gather_rows, is_main
+from utils.files import atomic, make_folder, write_json
+from utils.launch import pick_device
+from utils.logging import progress, say
 
 DIRECTIONS = {"i2t": ("image", "text"), "t2i": ("text", "image"), "i2i": ("image", "image"), "t2t": ("text", "text")}
 
@@ -42,7 +46,7 @@ class SplitCodes:
 
 @torch.no_grad()
 def encode_split(
-    model: HashingModel, loader: Loader, labels: Tensor, autocast: Callable[[], Any], check: Callable[[], None]
+    model: HashingModel, loader: Loader, labels: Tensor, precision: str, check: Callable[[], None]
 ) -> SplitCodes:
     """Encodes every row of a split once, over all processes.
 
@@ -50,7 +54,7 @@ def encode_split(
         model: The method; its image codes see only `image_fields`, its text codes only `text_fields`.
         loader: The split's loader.
         labels: The split's labels, [N, C] bool, in the split's order.
-        autocast: Makes the precision's context.
+        precision: `run.precision`.
         check: Called before every batch; raises to stop.
 
     Returns:
@@ -64,7 +68,7 @@ def encode_split(
     index, image, text = [], [], []
     for batch in progress(loader.once(), desc="encode", unit="batch", leave=False):
         check()
-        with autocast():
+        with autocast(precision, batch["index"].device):
             index.append(batch["index"])
             image.append(model.encode_image(batch.only(model.image_fields)).to(torch.int8))
             text.append(model.encode_text(batch.only(model.text_fields)).to(torch.int8))
@@ -116,6 +120,58 @@ def evaluate_codes(
     return reports
 
 
+def evaluate(
+    config: Config, dataset: PairedDataset, model: HashingModel, device: torch.device, check: Callable[[], None]
+) -> tuple[SplitCodes, SplitCodes, dict[str, dict[str, float]]]:
+    """Encodes the query and the database split and computes the numbers of `evaluate_codes`.
+
+    Args:
+        config: The configuration.
+        dataset: The data set.
+        model: The method.
+        device: Where to encode and rank.
+        check: Called before every batch; raises to stop.
+
+    Returns:
+        Codes of the query split, codes of the database split, and the reports by code length.
+    """
+
+    def encode(split: Split) -> SplitCodes:
+        absent = model.optional_fields - dataset.offers(split).keys()
+        loader = make_loader(config, dataset, split, (model.image_fields | model.text_fields) - absent, device)
+        labels = dataset.labels[dataset.splits.items(split)]
+        return encode_split(model, loader, labels, config.run.precision, check)
+
+    query, database = encode("query"), encode("database")
+    return query, database, evaluate_codes(query, database, model.code_lengths, config.evaluate, device)
+
+
+def evaluate_file(config: Config, path: Path) -> None:
+    """Evaluates a checkpoint file and writes numbers and codes into the run's folder, under the file's name.
+
+    Args:
+        config: The configuration of the method that the checkpoint holds.
+        path: A checkpoint of this library, or a state dict that the authors' code wrote.
+
+    Raises:
+        UserError: If the checkpoint does not fit, or the data cannot be read.
+    """
+    device = pick_device(config.run.device, config.run.distribute)
+    loaded = load(path)
+    dataset = open_dataset(config)
+    model = build_model(config, dataset, loaded, device)
+    query, database, reports = evaluate(config, dataset, model, device, check=lambda: None)
+    if is_main():
+        folder = config.run_folder
+        make_folder(folder, "--save-dir")
+        files = [*save_codes(folder, f"codes-{path.stem}", query, database), folder / f"evaluation-{path.stem}.json"]
+        results = summarise(config, model, dataset, [{"epoch": loaded.meta.get("epoch", 0), "reports": reports}])
+        write_json(files[-1], results)
+        say(results_table(results))
+        say(f"written to {folder}: {', '.join(file.name for file in files)}")
+    barrier()
+
+
 def save_codes(folder: Path, name: str, query: SplitCodes, database: SplitCodes) -> list[Path]:
     """Writes codes and labels as `<name>.npz` and, with the peers' key names, as `<name>.mat`.
 
@@ -139,7 +195,7 @@ def save_codes(folder: Path, name: str, query: SplitCodes, database: SplitCodes)
     small = {key: value.numpy().astype(np.int8) for key, value in arrays.items()}
     paths = [folder / f"{name}.npz", folder / f"{name}.mat"]
     with atomic(paths[0]) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **small)
+        np.savez_compressed(file, allow_pickle=False, **small)
     with atomic(paths[1]) as temporary, open(temporary, "wb") as file:
         scipy.io.savemat(file, {key: value.astype(np.float32) for key, value in small.items()}, do_compression=True)
     return paths

@@ -59,7 +59,7 @@ def summarise(
             "train": len(splits.train),
             "database": len(splits.database),
         },
-        "selection": SELECTION,
+        "selection": SELECTION if len(history) > 1 else "the only evaluation",
         "best": best,
         "last": history[-1],
         "separate_best": separate,
@@ -67,14 +67,14 @@ def summarise(
             bits: {"mAP@all": random_map(query_labels, database_labels, int(bits), config.run.seed)}
             for bits in best["reports"]
         },
-        "marks": list(model.marks),
+        "marks": [*model.marks, *dataset.marks(model.image_fields | model.text_fields)],
     }
 
 
 def results_table(results: dict[str, Any]) -> str:
     """The best epoch's mAPs of four directions and every code length, with random codes beside them."""
     best = results["best"]
-    rows = []
+    rows: list[list[str]] = []
     for bits, numbers in best["reports"].items():
         metrics = list(dict.fromkeys(name.partition("/")[2] for name in numbers if "mAP" in name))
         if not rows:
@@ -82,7 +82,7 @@ def results_table(results: dict[str, Any]) -> str:
         for direction in dict.fromkeys(name.partition("/")[0] for name in numbers):
             values = [f"{numbers[f'{direction}/{metric}']:.4f}" for metric in metrics]
             rows.append([bits, direction, *values, f"{results['random_codes'][bits]['mAP@all']:.4f}"])
-    epoch = f", epoch {best['epoch']} of {results['epochs']}: {results['selection']}" if best["epoch"] else ""
-    lines = [f"{results['model']} on {results['dataset']}{epoch}", table(rows)]
+    epoch = f", epoch {best['epoch']} of {results['epochs']}" if best["epoch"] else ""
+    lines = [f"{results['model']} on {results['dataset']}{epoch}", table(rows), f"best epoch: {results['selection']}"]
     lines += [f"note: {mark}" for mark in results["marks"]]
     return "\n".join(lines)

@@ -7,9 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,14 +19,20 @@ from common.errors import UserError
 from common.optim import build_optimizers
 from common.registry import RUNNERS
 from common.types import Progress, StepOutput
-from dataset.base import Split
-from dataset.loader import Loader, build_loader
 from models.base import HashingModel
-from runners.evaluation import SplitCodes, encode_split, evaluate_codes, save_codes
+from runners.evaluation import evaluate, save_codes
 from runners.report import best_of, headline, results_table, summarise
-from runners.setup import build_model, check_groups, check_resumable, claim_folder, open_dataset
+from runners.setup import (
+    autocast,
+    build_model,
+    check_groups,
+    check_resumable,
+    claim_folder,
+    open_dataset,
+    training_loader,
+)
 from utils.distributed import any_process, barrier, is_main, world_size
-from utils.files import make_folder, write_json, write_text
+from utils.files import write_json, write_text
 from utils.launch import pick_device
 from utils.logging import Record, progress, say
 from utils.seeding import seed_torch
@@ -64,34 +68,27 @@ class Runner:
         self.checkpoints = checkpoint.Checkpoints(self.folder / "checkpoints", config.run.keep_checkpoints)
         self.state = RunState()
 
-    def setup(self, resume: bool = False, evaluate: Path | None = None) -> None:
-        """Opens the data, builds the model and the optimizers, and loads a checkpoint where one is asked for.
+    def setup(self, resume: bool = False) -> None:
+        """Opens the data, builds the model and the optimizers, and goes back to the newest checkpoint if asked to.
 
         Args:
             resume: Go on with the run that lies in the folder.
-            evaluate: A checkpoint, of this library or of the authors' code, to evaluate instead of training.
 
         Raises:
             UserError: For anything that the user can mend.
         """
         run = self.config.run
         self.device = pick_device(run.device, run.distribute)
-        self.evaluated_file = evaluate
-        if evaluate is not None:
-            loaded: checkpoint.Checkpoint | None = checkpoint.load(evaluate)
-        else:
-            if is_main():
-                self.lock = claim_folder(self.folder, resume)
-            barrier()
-            loaded = self.checkpoints.newest() if resume else None
+        if is_main():
+            self.lock = claim_folder(self.folder, resume)
+        barrier()
+        loaded = self.checkpoints.newest() if resume else None
         self.dataset = open_dataset(self.config)
-        if loaded is not None and evaluate is None:
+        if loaded is not None:
             check_resumable(loaded, self.config, self.dataset)
         seed_torch(run.seed)
         self.model = build_model(self.config, self.dataset, loaded, self.device)
-        if evaluate is not None:
-            return
-        self.train_loader = self._loader("train", self.model.fields)
+        self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)
         check_groups(self.model)
         self.optimizers = build_optimizers(self.config.optim, self.model.param_groups(), self.steps)
@@ -103,16 +100,13 @@ class Runner:
         self.module = self._wrap(self.model)
 
     def run(self) -> None:
-        """Trains to the last epoch, evaluating on the way, or evaluates once; prints and writes the results.
+        """Trains to the last epoch, evaluating on the way; prints and writes the results.
 
         Raises:
             Interrupted: After Ctrl-C or SIGTERM, once a resumable checkpoint is written.
             UserError: If the loss is not finite.
         """
         with StopRequest() as self.stop:
-            if self.evaluated_file is not None:
-                self._evaluate_file(self.evaluated_file)
-                return
             self.record = None
             if is_main():
                 write_text(self.folder / "config.yaml", self.config.to_yaml())
@@ -136,7 +130,7 @@ class Runner:
         for batch in self.train_loader.epoch(epoch, start=done):
             position = Progress(epoch, self.config.run.epochs, self.state.step, len(self.train_loader))
             seed_torch(self.config.run.seed, self.state.step)
-            with self.autocast():
+            with autocast(self.config.run.precision, self.device):
                 output: StepOutput = self.module(batch, position)
             self._log_step(output)  # refuses a loss that is not finite before it reaches the weights
             for optimizer in self.optimizers.values():
@@ -150,8 +144,9 @@ class Runner:
 
     def evaluate_epoch(self) -> None:
         """Evaluates the present weights; keeps them and their codes if they are the best so far."""
-        query, database = self._encode()
-        reports = evaluate_codes(query, database, self.model.code_lengths, self.config.evaluate, self.device)
+        query, database, reports = evaluate(
+            self.config, self.dataset, self.model, self.device, self._stop_between_batches
+        )
         epoch = self.state.step // len(self.train_loader)
         self.state.history.append({"epoch": epoch, "reports": reports})
         best = best_of(self.state.history) is self.state.history[-1]
@@ -165,26 +160,6 @@ class Runner:
             logger.info("epoch %d/%d  %s%s", epoch, self.config.run.epochs, numbers, "  (best so far)" if best else "")
         barrier()
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context of `run.precision`."""
-        if self.config.run.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-    def _loader(self, split: Split, fields: frozenset[str]) -> Loader:
-        run, evaluate = self.config.run, self.config.evaluate
-        return build_loader(
-            self.dataset,
-            split,
-            fields,
-            batch_size=run.batch_size if split == "train" else evaluate.batch_size,
-            seed=run.seed,
-            device=self.device,
-            kind=run.loader,
-            workers=run.workers,
-            caption=evaluate.caption,
-        )
-
     def _wrap(self, model: HashingModel) -> torch.nn.Module:
         """The model as a step calls it: over all processes, and compiled, where the config says so."""
         module: torch.nn.Module = model
@@ -196,12 +171,12 @@ class Runner:
         """Records loss and terms; stops the run if the loss is not finite."""
         values = torch.stack([output.loss, *output.terms.values()]).detach().float().tolist()
         named = dict(zip(("loss", *output.terms), values, strict=True))
-        if not math.isfinite(named["loss"]):
+        if not all(math.isfinite(value) for value in values):
             kept = self.checkpoints.paths()
             raise UserError(
-                f"the loss is {named['loss']} at step {self.state.step} "
-                f"({', '.join(f'{name} {value:.4g}' for name, value in named.items())}); the last good checkpoint is "
-                f"{kept[-1] if kept else 'not written yet'}; lower optim.*.lr or run.precision=float32 and start anew"
+                f"the loss is not finite at step {self.state.step} "
+                f"({', '.join(f'{name} {value:.4g}' for name, value in named.items())}); last good checkpoint: "
+                f"{kept[-1] if kept else 'none yet'}; lower optim.*.lr, or set run.precision=float32, and start anew"
             )
         if self.record is not None:
             self.record.write("step", self.state.step, named)
@@ -238,45 +213,19 @@ class Runner:
         due = epoch % self.config.evaluate.every == 0 or self.state.step == self.steps
         return rest == 0 and epoch > done and due
 
-    def _encode(self) -> tuple[SplitCodes, SplitCodes]:
-        """Codes of the query and the database split."""
-        fields = self.model.image_fields | self.model.text_fields
-        splits = self.dataset.splits
-        query, database = (
-            encode_split(
-                self.model,
-                self._loader(split, fields),
-                self.dataset.labels[splits.items(split)],
-                self.autocast,
-                self._stop_between_batches,
-            )
-            for split in ("query", "database")
-        )
-        return query, database
-
     def _stop_between_batches(self) -> None:
         """An evaluation is done again when a run goes on, so nothing is lost by leaving it."""
         if self.stop.requested:
             raise Interrupted(self.stop.signal, self.state.step, self.folder)
 
     def _finish(self) -> None:
-        if self.record is not None:
+        """Prints and writes what the run found."""
+        if self.record is not None:  # the first process
             self.record.close()
-        self._report(self.state.history, self.folder / "results.json", ["best.pt", "codes-best.npz", "codes-best.mat"])
-
-    def _evaluate_file(self, path: Path) -> None:
-        """Evaluates the weights of a checkpoint file and writes the numbers and codes into the run's folder."""
-        query, database = self._encode()
-        reports = evaluate_codes(query, database, self.model.code_lengths, self.config.evaluate, self.device)
-        if is_main():
-            make_folder(self.folder, "--save-dir")
-            save_codes(self.folder, f"codes-{path.stem}", query, database)
-        files = [f"codes-{path.stem}.npz", f"codes-{path.stem}.mat"]
-        self._report([{"epoch": 0, "reports": reports}], self.folder / f"evaluation-{path.stem}.json", files)
-
-    def _report(self, history: list[dict[str, Any]], path: Path, files: list[str]) -> None:
-        if is_main():
-            results = summarise(self.config, self.model, self.dataset, history)
-            write_json(path, results)
+            results = summarise(self.config, self.model, self.dataset, self.state.history)
+            write_json(self.folder / "results.json", results)
             say(results_table(results))
-            say(f"written to {self.folder}: " + ", ".join([path.name, *files, "config.yaml", "log.jsonl"]))
+            files = ("results.json", "best.pt", "codes-best.npz", "codes-best.mat", "log.jsonl", "config.yaml")
+            say(f"written to {self.folder}: {', '.join(files)}")
+            self.lock.release()
+        barrier()

@@ -1,7 +1,9 @@
 """What stands between a checked configuration and the first step: folder, data, model, weights, all guarded."""
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +14,13 @@ from common.errors import UserError
 from common.registry import DATASETS, MODELS
 from common.types import Backbone, DataInfo
 from dataset.base import PairedDataset, Split
+from dataset.loader import Loader, build_loader
 from models.base import ClipModelConfig, HashingModel
 from models.clip_weights import shape_of
 from runners.backbone import find_backbone
 from utils.distributed import barrier, is_main
 from utils.files import FolderLock, make_folder
+from utils.logging import progress
 
 logger = logging.getLogger(__name__)
 ENCODED_SPLITS: tuple[Split, ...] = ("query", "database")
@@ -207,3 +211,51 @@ def check_groups(model: HashingModel) -> None:
             f"{type(model).__name__}.param_groups leaves out {len(left_out)} trainable parameters (first: "
             f"{left_out[0]}); put them in a group, or set requires_grad_(False)"
         )
+
+
+def make_loader(
+    config: Config, dataset: PairedDataset, split: Split, fields: frozenset[str], device: torch.device
+) -> Loader:
+    """The loader of a split as the configuration says; batches hold `fields` and `index`."""
+    run, evaluate = config.run, config.evaluate
+    return build_loader(
+        dataset,
+        split,
+        fields,
+        batch_size=run.batch_size if split == "train" else evaluate.batch_size,
+        seed=run.seed,
+        device=device,
+        kind=run.loader,
+        workers=run.workers,
+        caption=evaluate.caption,
+    )
+
+
+def training_loader(config: Config, dataset: PairedDataset, model: HashingModel, device: torch.device) -> Loader:
+    """The loader of the training split, once the model has seen what it can remember of it.
+
+    Raises:
+        UserError: If the model remembers fields, but all of them change from epoch to epoch.
+    """
+    wanted = model.rememberable_fields
+    constant = wanted & dataset.constant_fields("train")
+    if wanted and not constant:
+        raise UserError(
+            f"model.cache_features is true, but {', '.join(sorted(wanted))} of {config.dataset.name} change from epoch "
+            "to epoch; set model.cache_features=false, or dataset.augment=false"
+        )
+    if constant:
+        changing = f"; not of {', '.join(sorted(wanted - constant))}, which changes every epoch"
+        logger.info(
+            "keeping features of %s in memory%s", ", ".join(sorted(constant)), changing if wanted > constant else ""
+        )
+        loader = make_loader(config, dataset, "train", constant, device)
+        with autocast(config.run.precision, device):
+            for batch in progress(loader.epoch(0), total=len(loader), desc="features", unit="batch"):
+                model.remember(batch)
+    return make_loader(config, dataset, "train", model.fields - constant, device)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of `run.precision` in which a model computes."""
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)

@@ -65,7 +65,7 @@ def overrides(root: Path, backbone: Path, cache: Path) -> list[str]:
         f"dataset.root={root}",
         "dataset.image_size=32",
         "dataset.text_length=16",
-        "dataset.vocabulary=8",
+        "dataset.vocabulary=7",
         f"dataset.split.query={QUERY}",
         f"dataset.split.train={TRAIN}",
         f"model.backbone={backbone}",

@@ -69,6 +69,18 @@ def pick_device(name: str, distribute: bool) -> torch.device:
     return found[0]
 
 
+def count_processes(name: str) -> int:
+    """Processes that `--distribute` starts: one per device.
+
+    Raises:
+        UserError: If there is only one.
+    """
+    count = len(devices(name))
+    if count == 1:
+        raise UserError(f"--distribute needs several devices, but {name} is one; e.g. --device 0,1 or cpu:2")
+    return count
+
+
 def in_group() -> bool:
     """Whether a launcher (ours, torchrun, Slurm) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

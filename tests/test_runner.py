@@ -1,0 +1,202 @@
+"""The loop through the command line: training, results, resuming to the last bit, stopping, several processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+
+from common.checkpoint import Checkpoints, load
+from common.registry import MODELS
+from tests.commands import ROOT, run, start
+
+METHODS = [name for name in MODELS.names() if name != "CLIP"]  # CLIP's own codes have their own test below
+
+
+def config(method: str) -> Path:
+    return ROOT / "configs" / method / "coco.yaml"
+
+
+def arguments(method: str, folder: Path, settings: list[str], *more: str) -> list[str]:
+    return ["--config-file", str(config(method)), "--save-dir", str(folder), *settings, *more]
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    newest = Checkpoints(folder / "checkpoints", keep=1).newest()
+    assert newest is not None
+    return newest.model
+
+
+def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def losses(folder: Path) -> list[float]:
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if event["event"] == "step"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_and_evaluates(
+    method: str, tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    """One whole run; the same run stopped in mid-epoch and resumed; the best checkpoint evaluated: all the same."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, out, err = run(*arguments(method, whole, tiny_overrides))
+    assert code == 0, err
+    results = json.loads((whole / "results.json").read_text())
+    best = results["best"]["reports"][str(results["bits"])]
+    for direction in ("i2t", "t2i", "i2i", "t2t"):
+        assert 0 < best[f"{direction}/mAP@all"] <= 1
+        assert f"{best[f'{direction}/mAP@all']:.4f}" in out
+    assert "random codes" in out and "results.json" in out
+    assert len(losses(whole)) == 10
+
+    stop = start(*arguments(method, parts, tiny_overrides, "run.checkpoint_every=1"))
+    wait_for_step(parts, 3, stop)
+    stop.send_signal(signal.SIGTERM)
+    assert stop.wait(timeout=60) == 75, stop.communicate()
+    assert 3 <= int(Checkpoints(parts / "checkpoints", 1).paths()[-1].stem.removeprefix("step-")) < 10
+    code, out, err = run(*arguments(method, parts, tiny_overrides, "run.checkpoint_every=1", "--resume"))
+    assert code == 0 and "going on after step" in err, err
+    assert_same_state(final_state(whole), final_state(parts))
+    assert losses(whole) == losses(parts)
+    again = json.loads((parts / "results.json").read_text())
+    assert {**again} == {**results}
+
+    code, out, err = run("--evaluate", str(whole / "best.pt"), "--save-dir", str(whole))
+    assert code == 0, err
+    evaluated = json.loads((whole / "evaluation-best.json").read_text())
+    assert evaluated["best"]["reports"] == results["best"]["reports"]
+    assert_same_codes(whole / "codes-best.npz", whole / "codes-best.mat", int(results["bits"]))
+
+
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_same_codes(npz: Path, mat: Path, bits: int) -> None:
+    with np.load(npz, allow_pickle=False) as arrays:
+        matrices = scipy.io.loadmat(mat)
+        for key in ("q_img", "q_txt", "r_img", "r_txt"):
+            assert set(np.unique(arrays[key])) <= {-1, 1} and arrays[key].shape[1] >= bits
+            assert np.array_equal(arrays[key], matrices[key])
+        assert np.array_equal(arrays["q_l"], matrices["q_l"])
+
+
+def test_clip_trains_and_another_run_uses_it(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """A backbone named by its config is trained once, cached, and used by both runs."""
+    small = [f"model.{key}" for key in ("bits=64", "embed_dim=64", "image_size=32", "patch_size=16", "vision_width=64",
+             "vision_layers=1", "text_width=64", "text_layers=1", "context_length=16")]  # fmt: skip
+    own = [entry for entry in tiny_overrides if not entry.startswith(("model.", "run.cache_dir"))]
+    recipe = tmp_path / "clip.yaml"
+    text = run("--config-file", str(ROOT / "configs/CLIP/config.yaml"), *own, "dataset.type=mat", *small, "--print-config")
+    assert text[0] == 0, text[2]
+    write_recipe(recipe, [*own, "dataset.type=mat", *small])
+    settings = [entry for entry in tiny_overrides if not entry.startswith(("model.backbone", "run.cache_dir"))]
+    settings += [f"model.backbone={recipe}", f"run.cache_dir={tmp_path / 'cache'}"]
+    code, _, err = run(*arguments("DCMHT", tmp_path / "first", settings))
+    assert code == 0 and "training it now" in err, err
+    weights = list((tmp_path / "cache" / "backbones").glob("*/weights.safetensors"))
+    assert len(weights) == 1
+    code, _, err = run(*arguments("DCMHT", tmp_path / "second", settings))
+    assert code == 0 and "training it now" not in err, err
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert not list((tmp_path / "cache").rglob("step-*.pt"))
+
+
+def write_recipe(path: Path, overrides: list[str]) -> None:
+    from common.config import load_config
+
+    kept = [entry for entry in overrides if "picture_size" not in entry]
+    tree = load_config(ROOT / "configs/CLIP/config.yaml").tree
+    tree["dataset"].pop("picture_size", None)
+    import yaml
+
+    path.write_text(yaml.safe_dump(tree))
+    path.write_text(load_config(path, kept).to_yaml())
+
+
+def test_ctrl_c_leaves_a_resumable_checkpoint(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    process = start(*arguments("DCMHT", tmp_path / "run", tiny_overrides, "run.epochs=500"))
+    wait_for_step(tmp_path / "run", 8, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in err and "Traceback" not in err
+    checkpoint = load(Checkpoints(tmp_path / "run" / "checkpoints", 1).paths()[-1])
+    assert checkpoint.meta["state"]["step"] == len(losses(tmp_path / "run"))
+
+
+def test_sigkill_at_any_moment_changes_nothing(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """Killed again and again, checkpoint writing included, and resumed each time: the undisturbed run's weights."""
+    settings = [*tiny_overrides, "run.checkpoint_every=1", "run.epochs=6"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*arguments("MITH", whole, settings))[0] == 0
+    generator = np.random.default_rng(1)
+    for attempt in range(5):
+        process = start(*arguments("MITH", killed, settings, "--resume"))
+        wait_for_step(killed, 1 + 4 * attempt, process)
+        time.sleep(float(generator.uniform(0, 0.1)))
+        process.kill()
+        process.wait()
+    code, _, err = run(*arguments("MITH", killed, settings, "--resume"))
+    assert code == 0, err
+    assert_same_state(final_state(whole), final_state(killed))
+    assert losses(whole) == losses(killed)
+    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*") if "tensorboard" not in path.parts}
+             for folder in (whole, killed)]  # fmt: skip
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("launcher", ["distribute", "torchrun"])
+def test_two_processes_give_the_results_of_one(launcher: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*arguments("DSPH", one, tiny_overrides))[0] == 0
+    if launcher == "distribute":
+        code, out, err = run(*arguments("DSPH", two, tiny_overrides, "--distribute", "--device", "cpu:2"))
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        code, out, err = run(*arguments("DSPH", two, tiny_overrides), command=[*torchrun, str(ROOT / "main.py")])
+    assert code == 0, err
+    reports = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    for name, value in reports[0]["best"]["reports"]["16"].items():
+        assert round(value, 4) == round(reports[1]["best"]["reports"]["16"][name], 4), name
+    np.testing.assert_allclose(losses(one), losses(two), rtol=1e-5)
+    assert out.count("random codes") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    settings = [*tiny_overrides, "optim.main.lr.head=1e30", "optim.main.lr.backbone=1e30", "run.epochs=5"]
+    code, _, err = run(*arguments("MITH", tmp_path / "run", settings))
+    assert code == 2 and "Traceback" not in err
+    line = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert "not finite at step" in line and "contrast" in line and "last good checkpoint" in line
+
+
+def test_results_do_not_depend_on_loader_workers(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    for name, extra in (("memory", ()), ("workers", ("run.loader=workers", "run.workers=2"))):
+        assert run(*arguments("DCMHT", tmp_path / name, tiny_overrides, *extra))[0] == 0
+    assert losses(tmp_path / "memory") == losses(tmp_path / "workers")
+
+
+def test_bf16_moves_the_loss_little(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    assert run(*arguments("MITH", tmp_path / "full", tiny_overrides))[0] == 0
+    code, _, err = run(*arguments("MITH", tmp_path / "half", tiny_overrides, "run.precision=bf16"))
+    assert code == 0, err
+    full, half = np.array(losses(tmp_path / "full")), np.array(losses(tmp_path / "half"))
+    assert not np.array_equal(full, half)
+    np.testing.assert_allclose(half, full, rtol=0.03)
