@@ -37,7 +37,7 @@ def test_hamming_distance_of_long_codes_is_exact() -> None:
 def test_hamming_distance_of_relaxed_codes_has_a_gradient() -> None:
     a = torch.tensor([[0.5, -0.5]], requires_grad=True)
     distance = hamming_distance(a, torch.tensor([[1.0, 1.0]]))
-    distance.sum().backward()
+    distance.sum().backward()  # type: ignore[no-untyped-call]
     assert distance.item() == 1.0
     assert a.grad is not None and a.grad.tolist() == [[-0.5, -0.5]]
 
