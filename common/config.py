@@ -61,7 +61,7 @@ class RunConfig(Section):
     seed: int = Field(ge=0, lt=2**32)  # weights, order, augmentation, dropout (the split has its own seed)
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)  # pairs of the global batch, over all processes
-    accumulate: int = Field(gt=0)  # micro-batches per optimizer step
+    accumulate: int = Field(gt=0)  # parts in which CLIP computes a batch, to save memory
     precision: Literal["float32", "bf16"]  # bf16: autocast; codes and losses stay float32
     compile: bool  # torch.compile
     loader: Literal["memory", "workers"]  # pictures held as uint8 on the device, or read by worker processes

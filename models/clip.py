@@ -9,10 +9,12 @@ https://arxiv.org/abs/2103.00020. Authors' code: https://github.com/openai/CLIP 
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from common.types import ClipShape
@@ -174,11 +176,17 @@ class CLIP(nn.Module):
 
     Args:
         shape: Sizes of the towers; widths are multiples of 64.
+
+    Attributes:
+        parts: Parts of a batch that are computed one after the other while gradients are recorded. With more than one,
+            only what the towers return is kept, and backward computes each part again: memory is that of one part
+            beside it, the gradient that of the whole batch to rounding, the time a third more.
     """
 
     def __init__(self, shape: ClipShape) -> None:
         super().__init__()
         self.shape = shape
+        self.parts = 1
         width = shape.text_width
         self.visual = ImageTower(shape)
         self.token_embedding = nn.Embedding(shape.vocabulary, width)
@@ -216,7 +224,7 @@ class CLIP(nn.Module):
         Raises:
             UserError: If the pictures are not of the size R of `shape`.
         """
-        return self.visual.project(self.visual(image)[:, 0])
+        return self._by_parts(lambda rows, _: self.visual.project(self.visual(rows)[:, 0]), image)
 
     def image_tokens(self, image: Tensor) -> Tensor:
         """Features of every token of pictures; the last normalisation and projection apply to each.
@@ -230,7 +238,7 @@ class CLIP(nn.Module):
         Raises:
             UserError: If the pictures are not of the size R of `shape`.
         """
-        return self.visual.project(self.visual(image))
+        return self._by_parts(lambda rows, _: self.visual.project(self.visual(rows)), image)
 
     def text_features(self, ids: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Pooled features of texts.
@@ -251,7 +259,11 @@ class CLIP(nn.Module):
             length = int(ids.argmax(dim=-1).max()) + 1
             ids = ids[:, :length]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[:, :length]
-        return self._project_text(_at_end_of_text(self._text_tower(ids, key_padding_mask), ids))
+
+        def pooled(rows: Tensor, mask: Tensor | None) -> Tensor:
+            return self._project_text(_at_end_of_text(self._text_tower(rows, mask), rows))
+
+        return self._by_parts(pooled, ids, key_padding_mask)
 
     def text_tokens(self, ids: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pooled features and features of every token of texts; the last normalisation and projection apply to each.
@@ -268,8 +280,25 @@ class CLIP(nn.Module):
         Raises:
             UserError: If the texts are longer than the context.
         """
-        tokens = self._project_text(self._text_tower(ids, key_padding_mask))
+
+        def projected(rows: Tensor, mask: Tensor | None) -> Tensor:
+            return self._project_text(self._text_tower(rows, mask))
+
+        tokens = self._by_parts(projected, ids, key_padding_mask)
         return _at_end_of_text(tokens, ids), tokens
+
+    def _by_parts(self, tower: Callable[..., Tensor], rows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`tower(rows, mask)` of rows [B, ...] and a mask of the same rows, computed in `parts` parts; [B, ...]."""
+        size = -(-len(rows) // self.parts)
+        if size == len(rows) or not torch.is_grad_enabled():  # no rows are one part, too
+            return tower(rows, mask)
+        parts = rows.split(size)
+        masks = [None] * len(parts) if mask is None else mask.split(size)
+        features = [
+            checkpoint(tower, part, hidden, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+            for part, hidden in zip(parts, masks, strict=True)
+        ]
+        return torch.cat(features)
 
     def _text_tower(self, ids: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """Ids [B, L] -> tokens before the last normalisation and projection, [B, L, W]."""

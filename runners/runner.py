@@ -29,6 +29,7 @@ from runners.setup import (
     check_resumable,
     claim_folder,
     open_dataset,
+    split_backbone,
     training_loader,
 )
 from utils.distributed import any_process, barrier, is_main, world_size
@@ -91,6 +92,7 @@ class Runner:
         self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)
         check_groups(self.model)
+        split_backbone(self.model, run.accumulate)
         self.optimizers = build_optimizers(self.config.optim, self.model.param_groups(), self.steps)
         if loaded is not None:
             self.state = RunState(**loaded.meta["state"])

@@ -16,6 +16,7 @@ from common.types import Backbone, DataInfo
 from dataset.base import PairedDataset, Split
 from dataset.loader import Loader, build_loader
 from models.base import ClipModelConfig, HashingModel
+from models.clip import CLIP
 from models.clip_weights import shape_of
 from runners.backbone import find_backbone
 from utils.distributed import barrier, is_main
@@ -211,6 +212,25 @@ def check_groups(model: HashingModel) -> None:
             f"{type(model).__name__}.param_groups leaves out {len(left_out)} trainable parameters (first: "
             f"{left_out[0]}); put them in a group, or set requires_grad_(False)"
         )
+
+
+def split_backbone(model: HashingModel, parts: int) -> None:
+    """Makes the model's CLIP compute a batch in `run.accumulate` parts.
+
+    Losses look at the whole batch, so those of parts of it must not be summed; what can be split is the backbone, which
+    needs most of the memory.
+
+    Raises:
+        UserError: If the model trains no CLIP.
+    """
+    towers = [module for module in model.modules() if isinstance(module, CLIP)]
+    if parts > 1 and not any(p.requires_grad for tower in towers for p in tower.parameters()):
+        raise UserError(
+            f"run.accumulate is {parts}, but {type(model).__name__} trains no CLIP, the part that can compute a batch "
+            "piece by piece; the loss needs the whole batch: set run.accumulate=1, or lower run.batch_size"
+        )
+    for tower in towers:
+        tower.parts = parts
 
 
 def make_loader(

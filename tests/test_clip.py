@@ -228,6 +228,45 @@ def test_every_parameter_but_the_temperature_gets_a_gradient(small: CLIP) -> Non
     small.zero_grad()
 
 
+def loss_and_gradients(model: CLIP, parts: int, rows: int) -> tuple[list[Tensor], dict[str, Tensor], int]:
+    """What all four ways into the towers give, the gradients of a loss across rows, and the bytes kept for backward."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    image, ids = pictures(rows).float(), small_texts()[[0, 1, 2, 3] * 3][:rows]
+    model.parts = parts
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pooled, tokens = model.text_tokens(ids, ids == 0)
+        features = [model.image_features(image), model.image_tokens(image), model.text_features(ids), pooled, tokens]
+        mean = torch.stack([part.flatten(1).mean(1) for part in features], dim=1)
+        loss = (mean @ mean.T).exp().mean()
+    loss.backward()
+    model.parts = 1
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [loss, *features], gradients, sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(10, 4), (10, 10), (3, 4), (1, 2), (0, 2)])
+def test_parts_give_values_and_gradients_of_the_whole_batch(small: CLIP, rows: int, parts: int) -> None:
+    whole, gradients, _ = loss_and_gradients(small, 1, rows)
+    split, other, _ = loss_and_gradients(small, parts, rows)
+    for value, wanted in zip(split, whole, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)  # no row has no mean
+    assert gradients.keys() == other.keys()
+    for name, wanted in gradients.items():
+        torch.testing.assert_close(other[name], wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_parts_keep_little_for_backward(small: CLIP) -> None:
+    whole, split = (loss_and_gradients(small, parts, rows=12)[2] for parts in (1, 4))
+    assert split < whole / 4
+
+
 def test_bf16_autocast_is_close_and_returns_float32(small: CLIP) -> None:
     image, ids = pictures(4).float(), small_texts()
     with torch.no_grad():
