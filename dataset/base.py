@@ -8,11 +8,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from common.config import DatasetConfig, Section
@@ -25,12 +26,29 @@ Split = Literal["query", "train", "database"]
 SPLITS: tuple[Split, ...] = ("query", "train", "database")
 
 
+class PerLabelConfig(Section):
+    """`dataset.split.per_label`: what every label but the first gives; the first gives what is left."""
+
+    query: int = Field(gt=0)
+    train: int = Field(gt=0)
+
+
 class SplitConfig(Section):
     """`dataset.split`: the protocol that deals the pairs out."""
 
-    seed: int = Field(ge=0, lt=2**32)  # of the permutation; independent of run.seed
+    # permutation: at random; per_label: at random, label by label (JDSH, CFRH); lists: queries and database as the
+    # label file (COCO.mat) lists them; last: the last pairs are the queries (Wikipedia's published lists)
+    protocol: Literal["permutation", "per_label", "lists", "last"]
+    seed: int = Field(ge=0, lt=2**32)  # of the permutations; independent of run.seed
     query: int = Field(gt=0)  # pairs of the query split
     train: int = Field(gt=0)  # pairs of the training split, which is a part of the database
+    per_label: PerLabelConfig | None  # shares of a label, with protocol per_label
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.protocol == "per_label" and self.per_label is None:
+            raise ValueError("protocol per_label needs per_label, e.g. {query: 80, train: 200}")
+        return self
 
 
 class PairedConfig(DatasetConfig):
@@ -65,14 +83,17 @@ class Splits:
         return {"query": self.query, "train": self.train, "database": self.database}[split]
 
 
-def make_splits(labels: Tensor, config: SplitConfig, families: Tensor | None = None) -> Splits:
-    """Deals items out by a seeded permutation: first the queries, then the training set; all but queries are searched.
+def make_splits(
+    labels: Tensor, config: SplitConfig, families: Tensor | None = None, lists: tuple[Tensor, Tensor] | None = None
+) -> Splits:
+    """Deals items out by a seeded protocol: first the queries, then the training set; all but queries are searched.
 
     Args:
         labels: Multi-hot labels, [N, C] bool.
-        config: Seed and sizes.
+        config: Protocol, seed and sizes.
         families: Items with equal numbers are variants of one thing and stay on one side of the query split, [N] int64;
             None where every item stands for itself.
+        lists: Item numbers of the queries [Q] and of the database [D], for protocol `lists`.
 
     Returns:
         The splits.
@@ -82,15 +103,16 @@ def make_splits(labels: Tensor, config: SplitConfig, families: Tensor | None = N
             families do not fill the query split.
 
     Source:
-        The rule that the released code of DCMHT, MITH, DSPH and DNPH shares; the permutation is NumPy's legacy one.
+        `permutation`: the rule that the released code of DCMHT, MITH, DSPH and DNPH shares, with NumPy's legacy
+        generator. The others: those of JDSH's and CFRH's code, which draw without a seed.
     """
-    count, query, train = len(labels), config.query, config.train
-    if query + train > count:
+    query, train = config.query, config.train
+    order = _order(labels, config, lists)
+    if query + train > len(order):
         raise UserError(
-            f"dataset.split asks for {query} query and {train} train pairs, but there are {count} pairs; "
+            f"dataset.split asks for {query} query and {train} train pairs, but there are {len(order)} pairs; "
             "lower dataset.split.query or dataset.split.train"
         )
-    order = torch.from_numpy(np.random.RandomState(config.seed).permutation(count).astype(np.int64))
     if families is not None:
         order = _keep_together(order, families, query)
     unlabelled = order[:query][~labels[order[:query]].any(dim=1)]
@@ -105,6 +127,56 @@ def make_splits(labels: Tensor, config: SplitConfig, families: Tensor | None = N
         digest.update(f"{len(part)};".encode() + part.numpy().astype("<i8").tobytes())
     digest.update(f"{tuple(labels.shape)};".encode() + np.packbits(labels.numpy()).tobytes())
     return Splits(order[:query], order[query : query + train], order[query:], digest.hexdigest()[:12])
+
+
+def _order(labels: Tensor, config: SplitConfig, lists: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Item numbers by the protocol: the queries, then the training set, then the rest of the database; [n] int64."""
+    draw, count = np.random.RandomState(config.seed), len(labels)
+    if config.protocol == "permutation":
+        return torch.from_numpy(draw.permutation(count).astype(np.int64))
+    if config.protocol == "last":
+        return torch.arange(count).roll(config.query)
+    if config.protocol == "per_label":
+        return _label_by_label(labels, config, draw)
+    if lists is None:
+        raise UserError("dataset.split.protocol is lists, but this data set lists no queries; choose another protocol")
+    query, database = lists
+    if len(query) != config.query:
+        raise UserError(f"the data set lists {len(query)} queries; set dataset.split.query={len(query)}")
+    return torch.cat([query, database[torch.from_numpy(draw.permutation(len(database)))]])
+
+
+def _label_by_label(labels: Tensor, config: SplitConfig, draw: np.random.RandomState) -> Tensor:
+    """Every label in turn gives its share of queries and of training items, of the items not yet taken; [N] int64.
+
+    Labels with too few items give fewer to the training set, which is then filled up at random.
+    """
+    share, others = config.per_label, labels.shape[1] - 1
+    if share is None:  # refused by the schema
+        raise ValueError("protocol per_label needs per_label")
+    shares = [(config.query - others * share.query, config.train - others * share.train)]
+    shares += [(share.query, share.train)] * others
+    if min(shares[0]) < 0:
+        raise UserError(
+            f"dataset.split.per_label: {others} labels with {share.query} query and {share.train} train pairs each "
+            f"take more than {config.query} and {config.train}; lower them, or raise dataset.split.query or train"
+        )
+    matrix = labels.numpy()
+    free = np.ones(len(matrix), dtype=bool)
+    query: list[npt.NDArray[np.int64]] = []
+    train: list[npt.NDArray[np.int64]] = []
+    for label, (queries, trained) in enumerate(shares):
+        items = draw.permutation(np.flatnonzero(matrix[:, label] & free))
+        if len(items) < queries:
+            raise UserError(
+                f"label {label} (from 0) has {len(items)} pairs left for its {queries} queries; lower "
+                "dataset.split.per_label.query, or choose another dataset.split.protocol"
+            )
+        query.append(items[:queries])
+        train.append(items[queries : queries + trained])
+        free[items[: queries + trained]] = False
+    rest = draw.permutation(np.flatnonzero(free))
+    return torch.from_numpy(np.concatenate([*query, *train, rest]).astype(np.int64))
 
 
 def _keep_together(order: Tensor, families: Tensor, query: int) -> Tensor:
@@ -134,8 +206,9 @@ class Contents:
         pictures: Reads the picture of an item by its number.
         captions: The texts of every item; None where there are only word vectors.
         labels: Multi-hot labels, [N, C] bool.
-        words: Word vectors that the data set brings along, [N, V] bool; None to build them from the captions.
+        words: Word vectors that the data set brings along, [N, V] bool or float32; None to make them from the captions.
         families: Equal numbers mark variants of one thing, which the split keeps together, [N] int64; None: none.
+        lists: Item numbers of the queries [Q] and of the database [D], where the files list them; else None.
     """
 
     names: Sequence[str]
@@ -144,6 +217,7 @@ class Contents:
     labels: Tensor
     words: Tensor | None
     families: Tensor | None = None
+    lists: tuple[Tensor, Tensor] | None = None
 
 
 class PairedDataset(ABC):
@@ -187,7 +261,7 @@ class PairedDataset(ABC):
         self.names = contents.names
         self.pictures = contents.pictures
         self.labels = contents.labels
-        self.splits = make_splits(contents.labels, config.split, contents.families)
+        self.splits = make_splits(contents.labels, config.split, contents.families, contents.lists)
         self.picture_shape = (3, config.image_size, config.image_size)
         self.columns: dict[Split, dict[str, Column]] = {}
         captions = contents.captions

@@ -58,10 +58,10 @@ class RowColumn(Column, ABC):
 
 @dataclass(frozen=True)
 class MatrixColumn(RowColumn):
-    """Rows of a matrix of zeros and ones.
+    """Rows of a matrix, of zeros and ones for labels and most word vectors.
 
     Attributes:
-        matrix: One row per item, [N, C] bool.
+        matrix: One row per item, [N, C] bool or float32.
         items: Item numbers of the split, [n] int64.
     """
 
@@ -74,7 +74,7 @@ class MatrixColumn(RowColumn):
         return (self.matrix.shape[1],)
 
     def rows(self, rows: Tensor, draws: Tensor) -> Tensor:
-        """The matrix at `rows` [B], 0 or 1: [B, C] float32. `draws` [B] is not needed."""
+        """The matrix at `rows` [B]: [B, C] float32. `draws` [B] is not needed."""
         return self.matrix[self.items[rows]].float()
 
 

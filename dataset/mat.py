@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -24,9 +25,12 @@ from dataset.texts import Captions
 log = logging.getLogger(__name__)
 
 INDEX_KEYS = ("index", "imgs", "FAll", "IAll")
-CAPTION_KEYS = ("caption", "tags", "YAll")
+TOPIC_KEYS = ("T_tr", "T_te")
+CAPTION_KEYS = ("caption", "tags", "YAll", TOPIC_KEYS[0])
 LABEL_KEYS = ("category", "label", "labels", "LAll")
 IMAGE_CAPTION_KEYS = ("image_caption",)
+QUERY_LIST_KEYS = ("indexQuery", "param/indexQuery")
+DATABASE_LIST_KEYS = ("indexDatabase", "param/indexDatabase")
 
 
 class MatConfig(PairedConfig):
@@ -85,7 +89,10 @@ class MatDataset(PairedDataset):
         if pictures is None:
             image_root = root if config.image_root is None else Path(config.image_root)
             pictures = PictureFiles(resolve_paths(names, image_root, str(index_path)), str(index_path))
-        return Contents(names, pictures, captions, labels, words)
+        lists = None
+        if config.split.protocol == "lists":
+            lists = _read_lists(labels_path, len(names))
+        return Contents(names, pictures, captions, labels, words, lists=lists)
 
     def way_out(self, field: str, split: Split) -> str:
         """As `PairedDataset.way_out`."""
@@ -192,7 +199,7 @@ def _read_index(path: Path) -> tuple[list[str], Pictures | None]:
 def _read_captions(
     path: Path, count: int, keys: Sequence[str] = CAPTION_KEYS
 ) -> tuple[list[list[str]] | None, Tensor | None]:
-    """Texts of every item, or word vectors [N, V] bool where the file holds such."""
+    """Texts of every item, or word vectors [N, V], bool or float32, where the file holds such."""
     if path.suffix == ".txt":
         return [[line] for line in read_lines(path)], None
     variable = read_variable(path, keys, text=True)
@@ -202,7 +209,15 @@ def _read_captions(
     words = number_matrix(variable.value, count)
     if words is None:
         raise UserError(f"{variable.place} holds neither texts nor word vectors [N, V]; make it again")
-    return None, torch.from_numpy(words != 0)
+    if variable.key == TOPIC_KEYS[0]:  # Wikipedia: training list and test list are two variables of one file
+        test = number_matrix(read_variable(path, TOPIC_KEYS[1:]).value, count)
+        if test is None or test.shape[1] != words.shape[1]:
+            raise UserError(f"{path}: {' and '.join(TOPIC_KEYS)} differ in width; fetch the file again")
+        words = np.concatenate([words, test])
+    if not np.isfinite(words).all():
+        raise UserError(f"{variable.place} holds values that are not finite; make it again")
+    binary = ((words == 0) | (words == 1)).all()
+    return None, torch.from_numpy(words != 0 if binary else words.astype(np.float32))
 
 
 def _read_labels(path: Path, count: int) -> Tensor:
@@ -219,3 +234,20 @@ def _read_labels(path: Path, count: int) -> Tensor:
             "the file again"
         )
     return torch.from_numpy(labels != 0)
+
+
+def _read_lists(path: Path, count: int) -> tuple[Tensor, Tensor]:
+    """Item numbers (from 0) of queries [Q] and database [D]; files number from 1."""
+    lists = []
+    for keys in (QUERY_LIST_KEYS, DATABASE_LIST_KEYS):
+        variable = read_variable(path, keys)
+        value = variable.value
+        numeric = not isinstance(value, Pictures) and value.dtype.kind in "iuf"
+        numbers = np.asarray(value).reshape(-1) if numeric else np.empty(0)
+        inside = (numbers >= 1) & (numbers <= count) & (numbers == np.floor(numbers))
+        if not len(numbers) or not inside.all():
+            raise UserError(f"{variable.place} is not a list of item numbers from 1 to {count}; fetch the file again")
+        lists.append(torch.from_numpy(numbers.astype(np.int64) - 1))
+    if bool((torch.cat(lists).bincount() > 1).any()):
+        raise UserError(f"{path} lists an item twice among queries and database; fetch the file again")
+    return lists[0], lists[1]

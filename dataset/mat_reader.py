@@ -106,13 +106,17 @@ def number_matrix(value: Array | Pictures, count: int) -> Array | None:
     """A matrix with one row per item, turned around if only its columns are as many as the items.
 
     Args:
-        value: Numbers, [N, C] or [C, N].
+        value: Numbers, [N, C] or [C, N]; sides of length 1 beyond two, as in [N, 1, C], do not count.
         count: Number of items N.
 
     Returns:
         [N, C]; as it stands where neither side fits; None if the array is no matrix of numbers.
     """
-    if isinstance(value, Pictures) or value.dtype.kind not in "biuf" or value.ndim != 2:
+    if isinstance(value, Pictures) or value.dtype.kind not in "biuf":
+        return None
+    if value.ndim > 2:
+        value = value.squeeze()
+    if value.ndim != 2:
         return None
     return value.T if value.shape[0] != count and value.shape[1] == count else value
 
@@ -159,7 +163,7 @@ def _pictures_or(value: Array, path: Path) -> Array | Pictures:
 def _read_hdf5(path: Path, keys: Sequence[str], text: bool) -> Variable:
     """HDF5 lists dimensions in the opposite order; values are turned back to MATLAB's."""
     with h5py.File(path, "r") as file:
-        key = _choose(path, keys, [name for name in file if not name.startswith("#")])
+        key = _choose(path, keys, list(_hdf5_names(file)))
         data = file[key]
         if not isinstance(data, h5py.Dataset):
             raise UserError(f"{path} ({key}) is a structure, not an array; save it as a plain or cell array")
@@ -172,6 +176,15 @@ def _read_hdf5(path: Path, keys: Sequence[str], text: bool) -> Variable:
             count = data.shape[0] if number_first else data.shape[3]
             return Variable(path, key, PictureVolume(path, key, number_first, count))
         return Variable(path, key, _hdf5_value(file, data, text))
+
+
+def _hdf5_names(file: h5py.File) -> Iterator[str]:
+    """Names of the variables; those inside a structure as `structure/name`."""
+    for name in file:
+        if not name.startswith("#"):
+            yield name
+            if isinstance(file[name], h5py.Group):
+                yield from (f"{name}/{member}" for member in file[name])
 
 
 def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool) -> Array:

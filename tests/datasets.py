@@ -8,6 +8,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
+from dataset.base import SplitConfig
 from dataset.mat import MatConfig, MatDataset
 
 ITEMS = 24
@@ -19,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "captions": ["caption.mat", "caption.txt"],
     "labels": ["label.mat"],
     "image_captions": ["image_caption.mat", "image_caption.txt", "image_caption.jsonl"],
-    "split": {"seed": 3, "query": 6, "train": 10},
+    "split": {"protocol": "permutation", "seed": 3, "query": 6, "train": 10, "per_label": None},
     "image_size": 16,
     "augment": False,
     "stored_size": 24,
@@ -68,6 +69,11 @@ def write(root: Path, items: int = ITEMS, width: int = 24, height: int = 24) -> 
     scipy.io.savemat(root / "caption.mat", {"caption": cells([captions_of(number) for number in range(items)])})
     scipy.io.savemat(root / "label.mat", {"category": labels_of(items)})
     return root
+
+
+def permutation(seed: int, query: int, train: int) -> SplitConfig:
+    """The split that most papers use."""
+    return SplitConfig(protocol="permutation", seed=seed, query=query, train=train, per_label=None)
 
 
 def config(root: Path, **values: Any) -> MatConfig:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dataset.base import SplitConfig, make_splits
+from dataset.base import PerLabelConfig, SplitConfig, make_splits
 from dataset.draws import Purpose, permutation, uniform
 from dataset.texts import Captions, WordVectors
 from dataset.tokenizer import tokenize
@@ -24,7 +24,9 @@ from tests import datasets
     ],
 )
 def test_splits_are_those_of_the_papers(seed, count, first, last):
-    splits = make_splits(torch.ones(count, 1, dtype=torch.bool), SplitConfig(seed=seed, query=5000, train=10000))
+    splits = make_splits(
+        torch.ones(count, 1, dtype=torch.bool), datasets.permutation(seed=seed, query=5000, train=10000)
+    )
     assert splits.query[:6].tolist() == first
     assert splits.database[-3:].tolist() == last
     assert (len(splits.query), len(splits.train), len(splits.database)) == (5000, 10000, count - 5000)
@@ -36,7 +38,7 @@ def test_fingerprint_changes_with_labels_seed_and_sizes_only():
     labels = torch.ones(20, 3, dtype=torch.bool)
 
     def fingerprint(labels=labels, seed=1, query=4, train=8):
-        return make_splits(labels, SplitConfig(seed=seed, query=query, train=train)).fingerprint
+        return make_splits(labels, datasets.permutation(seed=seed, query=query, train=train)).fingerprint
 
     other = labels.clone()
     other[13, 1] = False
@@ -49,12 +51,12 @@ def test_fingerprint_changes_with_labels_seed_and_sizes_only():
 @pytest.mark.parametrize(("query", "train"), [(15, 6), (21, 1), (20, 1)])
 def test_more_pairs_asked_for_than_there_are(query, train):
     with pytest.raises(UserError, match=rf"{query} query and {train} train pairs, but there are 20") as error:
-        make_splits(torch.ones(20, 2, dtype=torch.bool), SplitConfig(seed=1, query=query, train=train))
+        make_splits(torch.ones(20, 2, dtype=torch.bool), datasets.permutation(seed=1, query=query, train=train))
     assert "\n" not in str(error.value)
 
 
 def test_query_without_a_label_is_named():
-    config = SplitConfig(seed=1, query=5, train=10)
+    config = datasets.permutation(seed=1, query=5, train=10)
     labels = torch.ones(20, 2, dtype=torch.bool)
     query = make_splits(labels, config).query
     labels[query[1]] = False
@@ -63,6 +65,82 @@ def test_query_without_a_label_is_named():
     labels[:] = True
     labels[make_splits(labels, config).database] = False  # elsewhere it is allowed
     make_splits(labels, config)
+
+
+def by_label(seed=5, query=9, train=15, shares=(2, 3)) -> SplitConfig:
+    per_label = PerLabelConfig(query=shares[0], train=shares[1])
+    return SplitConfig(protocol="per_label", seed=seed, query=query, train=train, per_label=per_label)
+
+
+def test_every_label_gives_its_share_and_the_first_what_is_left():
+    """Sizes of MIRFlickr by JDSH's rule: 160 and 400 pairs of the first of 24 labels, 80 and 200 of every other one."""
+    draw = np.random.default_rng(0)
+    labels = torch.from_numpy(draw.random((20015, 24)) < 0.1)
+    labels[:, 0] |= ~labels.any(dim=1)
+    config = by_label(query=2000, train=5000, shares=(80, 200))
+    splits = make_splits(labels, config)
+    assert (len(splits.query), len(splits.train), len(splits.database)) == (2000, 5000, 18015)
+    assert torch.cat([splits.query, splits.database]).sort().values.equal(torch.arange(20015))
+    assert torch.equal(splits.train, splits.database[:5000])
+    assert labels[splits.query[:160], 0].all() and labels[splits.train[:400], 0].all()
+    for label in range(1, 24):
+        assert labels[splits.query[80 * label + 80 :][:80], label].all()
+        assert labels[splits.train[200 * label + 200 :][:200], label].all()
+    assert make_splits(labels, config).fingerprint == splits.fingerprint
+    assert make_splits(labels, config.model_copy(update={"seed": 6})).fingerprint != splits.fingerprint
+
+
+def test_the_training_set_is_filled_up_where_a_label_has_too_few():
+    labels = torch.zeros(60, 3, dtype=torch.bool)
+    labels[:40, 0] = labels[40:43, 1] = labels[43:, 2] = True  # after its two queries label 1 has one pair left
+    splits = make_splits(labels, by_label())
+    assert (len(splits.query), len(splits.train), len(splits.database)) == (9, 15, 51)
+    assert sorted(labels[splits.query].sum(dim=0).tolist()) == [2, 2, 5]
+    assert labels[splits.train, 1].sum() == 1
+    assert len(torch.cat([splits.query, splits.database]).unique()) == 60
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (by_label(query=3), r"2 labels with 2 query and 3 train pairs each take more than 3 and 15"),
+        (by_label(train=5), r"take more than 9 and 5"),
+        (by_label(shares=(4, 1)), r"label 1 \(from 0\) has 3 pairs left for its 4 queries"),
+        (by_label(train=52), r"9 query and 52 train pairs, but there are 60"),
+    ],
+)
+def test_shares_that_labels_cannot_give(config, match):
+    labels = torch.zeros(60, 3, dtype=torch.bool)
+    labels[:40, 0] = labels[40:43, 1] = labels[43:, 2] = True
+    with pytest.raises(UserError, match=match) as error:
+        make_splits(labels, config)
+    assert "\n" not in str(error.value)
+
+
+def test_per_label_needs_its_shares():
+    with pytest.raises(ValueError, match="per_label needs per_label"):
+        SplitConfig(protocol="per_label", seed=1, query=4, train=4, per_label=None)
+
+
+def test_the_last_pairs_are_the_queries():
+    config = SplitConfig(protocol="last", seed=1, query=3, train=5, per_label=None)
+    splits = make_splits(torch.ones(10, 2, dtype=torch.bool), config)
+    assert splits.query.tolist() == [7, 8, 9]
+    assert splits.train.tolist() == [0, 1, 2, 3, 4]
+    assert splits.database.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_listed_queries_and_database():
+    labels, lists = torch.ones(10, 2, dtype=torch.bool), (torch.tensor([8, 2]), torch.tensor([0, 1, 4, 5, 9]))
+    config = SplitConfig(protocol="lists", seed=1, query=2, train=3, per_label=None)
+    splits = make_splits(labels, config, lists=lists)
+    assert splits.query.tolist() == [8, 2]
+    assert sorted(splits.database.tolist()) == [0, 1, 4, 5, 9]
+    assert torch.equal(splits.train, splits.database[:3])
+    with pytest.raises(UserError, match="lists 2 queries; set dataset.split.query=2"):
+        make_splits(labels, config.model_copy(update={"query": 3}), lists=lists)
+    with pytest.raises(UserError, match="this data set lists no queries"):
+        make_splits(labels, config)
 
 
 def test_draws_depend_on_each_argument_and_on_no_other_row():

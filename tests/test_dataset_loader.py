@@ -248,7 +248,7 @@ def test_processes_share_what_one_process_has(root, count, kind):
 
 
 def alone(root: str) -> list[tuple[int, ...]]:
-    data = datasets.opened(Path(root), split={"seed": 3, "query": 1, "train": 10})
+    data = datasets.opened(Path(root), split={**datasets.SETTINGS["split"], "seed": 3, "query": 1, "train": 10})
     return [tuple(batch["image"].shape) for batch in loader_of(data, "query").once()]
 
 

@@ -157,6 +157,96 @@ def test_word_vectors_instead_of_captions(root):
     assert datasets.opened(root, captions=["words.npy"]).offers("query")["bag_of_words"] == (7,)
 
 
+def test_word_vectors_that_are_no_presence(root):
+    """Wikipedia's topics: the training list and the test list are two variables of one file."""
+    topics = np.random.default_rng(0).random((ITEMS, 10))
+    scipy.io.savemat(root / "raw_features.mat", {"I_tr": topics, "T_tr": topics[:18], "T_te": topics[18:]})
+    data = datasets.opened(root, captions=["raw_features.mat"])
+    rows = data.columns["query"]["bag_of_words"].rows(torch.arange(3), torch.zeros(3))
+    assert torch.equal(rows, torch.from_numpy(topics).float()[data.splits.query[:3]])
+    scipy.io.savemat(root / "raw_features.mat", {"T_tr": topics[:18], "T_te": topics[18:, :9]})
+    refused("T_tr and T_te differ in width", root, captions=["raw_features.mat"])
+    topics[3, 4] = np.nan
+    scipy.io.savemat(root / "caption.mat", {"YAll": topics})
+    refused("not finite", root)
+
+
+# ---------------------------------------------------------------------------------------------- DCMH layout
+
+
+def dcmh_arrays():
+    """Pictures [N, 24, 20, 3], binary words [N, 7], labels [N, 4]."""
+    pictures = np.stack([np.array(datasets.smooth_picture(number, 20, 24)) for number in range(ITEMS)])
+    words = (np.random.default_rng(0).random((ITEMS, 7)) < 0.5).astype(np.float64)
+    return pictures, words, datasets.labels_of().astype(np.float64)
+
+
+def test_dcmh_layout(tmp_path):
+    """NUS-WIDE's: pictures and tags in v7.3 files, the tags turned around, labels in a v5 file."""
+    pictures, words, labels = dcmh_arrays()
+    with h5py.File(tmp_path / "nus-wide-tc10-iall.mat", "w", userblock_size=512) as file:
+        file["IAll"] = pictures.transpose(0, 3, 2, 1)
+    for stored in (words, words.T):
+        with h5py.File(tmp_path / "nus-wide-tc10-yall.mat", "w", userblock_size=512) as file:
+            file["YAll"] = stored
+        scipy.io.savemat(tmp_path / "nus-wide-tc10-lall.mat", {"LAll": labels})
+        files = {"index": ["nus-wide-tc10-iall.mat"], "captions": ["nus-wide-tc10-yall.mat"]}
+        data = datasets.opened(tmp_path, **files, labels=["nus-wide-tc10-lall.mat"])
+        assert data.offers("train") == {"image": (3, 16, 16), "labels": (4,), "bag_of_words": (7,)}
+        rows = data.columns["train"]["bag_of_words"].rows(torch.arange(10), torch.zeros(10))
+        assert rows.tolist() == words[data.splits.train].tolist()
+        assert data.labels.double().tolist() == labels.tolist()
+        assert np.array_equal(pixels_of(data, 5), pictures[5])
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """One file for pictures, labels and split, in HDF5's order of dimensions; word vectors beside it."""
+    pictures, words, labels = dcmh_arrays()
+    with h5py.File(tmp_path / "COCO.mat", "w", userblock_size=512) as file:
+        file["IAll"] = pictures.transpose(0, 3, 2, 1)
+        file["LAll"] = labels.T[:, :, None]
+        file["param/indexQuery"] = np.array([[3.0, 24.0, 1.0, 7.0]])
+        file["param/indexDatabase"] = np.array([[number] for number in range(8, 24)])
+    np.save(tmp_path / "COCO_BoW.npy", words[:, None])
+    return tmp_path
+
+
+COCO_FILES = {"index": ["COCO.mat"], "captions": ["COCO_BoW.npy"], "labels": ["COCO.mat"]}
+COCO_SPLIT = {**datasets.SETTINGS["split"], "protocol": "lists", "query": 4, "train": 10}
+
+
+def test_dcmh_layout_in_one_file_with_its_own_split(coco):
+    pictures, words, labels = dcmh_arrays()
+    data = datasets.opened(coco, **COCO_FILES, split=COCO_SPLIT)
+    assert data.splits.query.tolist() == [2, 23, 0, 6]
+    assert sorted(data.splits.database.tolist()) == list(range(7, 23))
+    assert torch.equal(data.splits.train, data.splits.database[:10])
+    assert data.labels.double().tolist() == labels.tolist()
+    assert np.array_equal(pixels_of(data, 9), pictures[9])
+    rows = data.columns["query"]["bag_of_words"].rows(torch.arange(4), torch.zeros(4))
+    assert rows.tolist() == words[[2, 23, 0, 6]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("indexQuery", [[0.0, 1.0]], r"param/indexQuery\) is not a list of item numbers from 1 to 24"),
+        ("indexQuery", [[25.0]], "from 1 to 24"),
+        ("indexDatabase", [[1.5]], r"param/indexDatabase\) is not a list"),
+        ("indexDatabase", [[3.0, 9.0]], "lists an item twice"),
+        ("indexDatabase", None, "has none of the variables indexDatabase, param/indexDatabase"),
+        ("indexQuery", [[1.0, 2.0]], "lists 2 queries; set dataset.split.query=2"),
+    ],
+)
+def test_mistakes_in_listed_splits(coco, name, value, match):
+    with h5py.File(coco / "COCO.mat", "r+") as file:
+        del file[f"param/{name}"]
+        if value is not None:
+            file[f"param/{name}"] = np.array(value)
+    refused(match, coco, **COCO_FILES, split=COCO_SPLIT)
+
+
 # ---------------------------------------------------------------------------------------------- labels
 
 
@@ -334,7 +424,7 @@ def test_file_without_its_variable(root):
     refused(r"label\.mat has none of the variables category, label, labels, LAll, but targets, version;", root)
     with h5py.File(root / "caption.mat", "w") as file:
         file["texts"] = [1, 2]
-    refused(r"caption\.mat has none of the variables caption, tags, YAll, but texts;", root)
+    refused(r"caption\.mat has none of the variables caption, tags, YAll, T_tr, but texts;", root)
 
 
 def test_files_of_different_length(root):

@@ -21,8 +21,9 @@ from common.errors import UserError
 from data import make_openmoji
 from data.make_openmoji import LABELS, SETTINGS, STAMP, Drawing, distinct, label_drawings, make, read_drawings
 from data.mat_files import write_mat
-from dataset.base import SplitConfig, make_splits
+from dataset.base import make_splits
 from dataset.openmoji import OpenmojiConfig, OpenmojiDataset
+from tests.datasets import permutation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -312,7 +313,7 @@ def test_every_class_can_be_learned_and_asked_for(config: OpenmojiConfig) -> Non
 
 
 def test_the_split_with_families_of_one_is_the_plain_one() -> None:
-    labels, config = torch.ones(50, 3, dtype=torch.bool), SplitConfig(seed=3, query=10, train=40)
+    labels, config = torch.ones(50, 3, dtype=torch.bool), permutation(seed=3, query=10, train=40)
     plain, alone = make_splits(labels, config), make_splits(labels, config, torch.arange(50))
     assert plain.fingerprint == alone.fingerprint and torch.equal(plain.database, alone.database)
 
@@ -320,7 +321,7 @@ def test_the_split_with_families_of_one_is_the_plain_one() -> None:
 def test_families_that_cannot_fill_the_query_split_are_refused() -> None:
     labels = torch.ones(9, 1, dtype=torch.bool)
     with pytest.raises(UserError, match="whole families .* query split of 4; change dataset.split.query"):
-        make_splits(labels, SplitConfig(seed=1, query=4, train=5), torch.arange(9) // 3)
+        make_splits(labels, permutation(seed=1, query=4, train=5), torch.arange(9) // 3)
 
 
 def test_a_family_file_of_another_form_is_refused(openmoji: Path, config: OpenmojiConfig, tmp_path: Path) -> None:

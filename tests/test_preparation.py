@@ -68,7 +68,7 @@ def in_child(work: Callable[[], object]) -> int:
 def test_the_data_set_opens_what_was_written_without_a_path_being_named(name: str, tmp_path: Path) -> None:
     source, root = source_of(name, tmp_path), tmp_path / "root"
     assert prepare(name, source, root) == 0
-    data = datasets.opened(root, split={"seed": 1, "query": 1, "train": 2})
+    data = datasets.opened(root, split={**datasets.SETTINGS["split"], "seed": 1, "query": 1, "train": 2})
     pairs = SCRIPTS[name].collect(source, next(iter(SCRIPTS[name].PROTOCOLS)))
     assert list(data.names) == list(pairs.images)
     assert data.labels.tolist() == pairs.labels.tolist()
