@@ -15,7 +15,7 @@ For k = all, `relevant` and `top` are the same number. A query without a relevan
 left out of means, and counted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -108,18 +108,20 @@ def metric_name(cutoff: Cutoff, definition: Definition) -> str:
     return f"mAP@{cutoff}" + ("" if definition == "relevant" else f"({definition})")
 
 
-def retrieval_report(
+def retrieval_values(
     query_codes: Tensor,
     database_codes: Tensor,
     query_labels: Tensor,
     database_labels: Tensor,
     cutoffs: Sequence[Cutoff],
     definitions: Sequence[Definition],
-) -> dict[str, float]:
-    """Every number that a results table needs, from one ranking. All are means over queries with a relevant item.
+) -> dict[str, Tensor]:
+    """Every number that a results table needs, of every query, from one ranking.
+
+    A query's numbers do not depend on the other queries, so processes can share them.
 
     Args:
-        query_codes: Codes in {-1, +1}, [Q, K], any real dtype.
+        query_codes: Codes in {-1, +1}, [Q, K], any real dtype; Q may be 0.
         database_codes: Codes in {-1, +1}, [D, K].
         query_labels: Multi-hot labels, [Q, C].
         database_labels: Multi-hot labels, [D, C].
@@ -127,18 +129,19 @@ def retrieval_report(
         definitions: Definitions of mAP, each at every cutoff.
 
     Returns:
-        * `mAP@<k>`, `mAP@<k>(top)`, `mAP@<k>(expected)`: see the head of this file;
+        Name -> [Q] float64, NaN for a query without a relevant item:
+
+        * `mAP@<k>`, `mAP@<k>(top)`, `mAP@<k>(expected)`: average precision, see the head of this file;
         * `NDCG@<k>`: gain 2^s - 1 for s shared labels, discount log2(rank + 1), ties by place in the database;
         * `P@<k>`: share of relevant items among the first k (among all D where D < k);
-        * `P(radius 2)`: share of relevant items within Hamming distance 2, 0 for a query that finds nothing there;
-        * `queries`: queries that the means run over; `queries without relevant items`: those left out.
+        * `P(radius 2)`: share of relevant items within Hamming distance 2, 0 for a query that finds nothing there.
 
     Raises:
         ValueError: As `average_precision`.
-        UserError: If no query has a relevant item.
     """
-    _check(query_codes, database_codes, query_labels, database_labels)
-    size, most_shared = len(database_codes), int(query_labels.sum(dim=1).max())
+    if len(query_codes):
+        _check(query_codes, database_codes, query_labels, database_labels)
+    size, most_shared = len(database_codes), int(database_labels.sum(dim=1).max())
     measures: dict[str, Measure] = {}
     for cutoff in cutoffs:
         for definition in definitions:
@@ -147,14 +150,33 @@ def retrieval_report(
         if cutoff != "all":
             measures[f"P@{cutoff}"] = _precision(cutoff, size)
     measures["P(radius 2)"] = _precision_within_2
+    if len(query_codes) == 0:
+        return dict.fromkeys(measures, torch.zeros(0, dtype=torch.float64, device=query_codes.device))
     values = _measure_all(
         (query_codes, database_codes), (query_labels, database_labels), [_has_relevant, *measures.values()]
     )
-    valid = values[values[:, 0] > 0, 1:]
+    values = values[:, 1:].where(values[:, :1] > 0, torch.nan)
+    return dict(zip(measures, values.unbind(dim=1), strict=True))
+
+
+def mean_over_queries(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means of what `retrieval_values` returned, over the queries that have a relevant item.
+
+    Args:
+        values: Name -> [Q], NaN for a query without a relevant item.
+
+    Returns:
+        The means by name; `queries`, how many they run over; `queries without relevant items`, how many were left out.
+
+    Raises:
+        UserError: If no query has a relevant item.
+    """
+    table = torch.stack(list(values.values()), dim=1)  # [Q, M]
+    valid = table[~table.isnan().any(dim=1)]
     _require_valid(len(valid))
-    report = dict(zip(measures, valid.mean(dim=0).tolist(), strict=True))
+    report = dict(zip(values, valid.mean(dim=0).tolist(), strict=True))
     report["queries"] = float(len(valid))
-    report["queries without relevant items"] = float(len(values) - len(valid))
+    report["queries without relevant items"] = float(len(table) - len(valid))
     return report
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from common.checkpoint import load
 from common.config import Config, EvaluateConfig
-from common.metrics import retrieval_report
+from common.metrics import mean_over_queries, retrieval_values
 from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel
 from runners.report import results_table, summarise
 from runners.setup import autocast, build_model, make_loader, open_dataset
-from utils.distributed import barrier, gather_rows, is_main
+from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json
 from utils.launch import pick_device
 from utils.logging import progress, say
@@ -88,7 +88,7 @@ def encode_split(
 def evaluate_codes(
     query: SplitCodes, database: SplitCodes, lengths: tuple[int, ...], config: EvaluateConfig, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Retrieval numbers of all four directions, for every code length.
+    """Retrieval numbers of all four directions, for every code length; the processes share the queries.
 
     Args:
         query: Codes of the query split.
@@ -100,6 +100,7 @@ def evaluate_codes(
     Returns:
         `{"16": {"i2t/mAP@all": 0.71, ...}, ...}` by code length.
     """
+    own = torch.arange(len(query.labels)).tensor_split(world_size())[rank()]  # gathered again in the same order
     reports: dict[str, dict[str, float]] = {}
     start = 0
     for bits in lengths:
@@ -107,14 +108,15 @@ def evaluate_codes(
         start += bits
         numbers: dict[str, float] = {}
         for direction, (asks, answers) in DIRECTIONS.items():
-            report = retrieval_report(
-                getattr(q, asks).to(device),
+            values = retrieval_values(
+                getattr(q, asks)[own].to(device),
                 getattr(d, answers).to(device),
-                q.labels.to(device),
+                q.labels[own].to(device),
                 d.labels.to(device),
                 cutoffs=config.cutoffs,
                 definitions=config.definitions,
             )
+            report = mean_over_queries({name: gather_rows(part) for name, part in values.items()})
             numbers.update({f"{direction}/{name}": value for name, value in report.items()})
         reports[str(bits)] = numbers
     return reports

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from common import metrics, ranking
 from common.errors import UserError
-from common.metrics import average_precision, map_at_k, random_map, retrieval_curves, retrieval_report
+from common.metrics import (
+    average_precision,
+    map_at_k,
+    mean_over_queries,
+    random_map,
+    retrieval_curves,
+    retrieval_values,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "map.npz"
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -142,7 +149,7 @@ def test_sizes_at_the_edge(queries: int, database: int, bits: int, classes: int)
     for definition in DEFINITIONS[:2]:
         expected = brute(p, 5, definition)
         np.testing.assert_allclose(average_precision(*p, 5, definition), expected, rtol=1e-12)
-    values = retrieval_report(*p, ["all", 1], DEFINITIONS).values()
+    values = mean_over_queries(retrieval_values(*p, ["all", 1], DEFINITIONS)).values()
     assert all(np.isfinite(value) for value in values)
 
 
@@ -187,7 +194,7 @@ def test_without_ties_all_definitions_of_the_whole_list_agree() -> None:
 def test_report_equals_brute_force() -> None:
     p = problem(queries=12, density=0.2)
     p[2][0] = False
-    report = retrieval_report(*p, ["all", 10], DEFINITIONS)
+    report = mean_over_queries(retrieval_values(*p, ["all", 10], DEFINITIONS))
     rows = [ranked(code, p[1], label, p[3]) for code, label in zip(p[0], p[2], strict=True)]
     rows = [row for row in rows if any(row[1])]
 
@@ -207,6 +214,22 @@ def test_report_equals_brute_force() -> None:
     assert {"mAP@all", "mAP@10(top)", "mAP@all(expected)"} <= set(report)
     assert report["queries"] == len(rows)
     assert report["queries without relevant items"] == 12 - len(rows) > 0
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("shares", [2, 5, 15])
+def test_queries_can_be_shared_out(shares: int) -> None:
+    """Every share alone gives the same numbers to the last bit, shares without a query and without a label included."""
+    p = problem(queries=12, density=0.2)
+    p[2][0] = False
+    whole = retrieval_values(*p, ["all", 10], DEFINITIONS)
+    parts = [
+        retrieval_values(p[0][own], p[1], p[2][own], p[3], ["all", 10], DEFINITIONS)
+        for own in torch.arange(12).tensor_split(shares)
+    ]
+    for name, values in whole.items():
+        assert values[0].isnan() and values.shape == (12,)
+        assert torch.equal(torch.cat([part[name] for part in parts]).nan_to_num(-1), values.nan_to_num(-1)), name
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -340,7 +363,7 @@ def test_what_is_no_label_is_refused() -> None:
     labels = p[3].float()
     labels[7, 1] = 2
     with pytest.raises(ValueError, match=r"database labels must be 0 or 1, but row 7, column 1 is 2\.0"):
-        retrieval_report(p[0], p[1], p[2], labels, ["all"], ["relevant"])
+        retrieval_values(p[0], p[1], p[2], labels, ["all"], ["relevant"])
 
 
 @pytest.mark.parametrize(
@@ -363,7 +386,7 @@ def test_no_valid_query_is_the_users_error() -> None:
     p[2][:] = False
     for call in (
         lambda: map_at_k(*p),
-        lambda: retrieval_report(*p, ["all"], ["relevant"]),
+        lambda: mean_over_queries(retrieval_values(*p, ["all"], ["relevant"])),
         lambda: retrieval_curves(*p, [1], 11),
     ):
         with pytest.raises(UserError, match="no query shares a label"):
