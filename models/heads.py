@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,9 +26,10 @@ def pair_softmax(logits: Tensor) -> Tensor:
         logits: Entries 2k and 2k+1 belong to bit k, [B, 2K].
 
     Returns:
-        Probabilities of -1 and +1 for every bit, [B, 2K] float32.
+        Probabilities of -1 and +1 for every bit, [B, 2K] float32 (float64 for float64).
     """
-    return logits.float().reshape(logits.shape[0], -1, 2).softmax(-1).flatten(-2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.reshape(logits.shape[0], -1, 2).softmax(-1).flatten(-2)
 
 
 def pair_codes(pairs: Tensor) -> Tensor:

@@ -18,21 +18,27 @@ def multi_hot(rows: int, classes: int) -> Tensor:
     return (((3 * i + 5 * c + i * c) % 7 < 2) | (c == i % classes)).float()
 
 
-def filled(shapes: Mapping[str, tuple[int, ...]], norms: tuple[str, ...] = (), scale: float = 0.1) -> dict[str, Tensor]:
+def filled(
+    shapes: Mapping[str, tuple[int, ...]],
+    norms: tuple[str, ...] = (),
+    scale: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
     """Values for named tensors: `scale sin(0.37 t + 0.5 r)` for element t of the name of rank r.
 
     Args:
         shapes: Name -> shape.
         norms: Parts of names; a tensor whose name holds one and ends in `weight` is a norm's, and gets 1 + 0.1 sin(..).
         scale: Of the others.
+        dtype: Of the values.
 
     Returns:
-        Name -> float32 tensor.
+        Name -> tensor.
     """
     values = {}
     for rank, name in enumerate(sorted(shapes)):
         size = int(torch.tensor(shapes[name]).prod())
         wave = torch.sin(0.37 * torch.arange(size, dtype=torch.float64) + 0.5 * rank)
         is_norm = name.endswith("weight") and any(part in name for part in norms)
-        values[name] = (1 + 0.1 * wave if is_norm else scale * wave).float().view(shapes[name])
+        values[name] = (1 + 0.1 * wave if is_norm else scale * wave).to(dtype).view(shapes[name])
     return values

@@ -1,0 +1,153 @@
+"""Converts the hash centres and transforms that the authors of TwDH published (.pkl) to files of this library.
+
+    python data/convert_twdh_centers.py --source data/transformer/TwDH --root data/twdh
+
+The source holds `long/<bits>.pkl`, `short/<bits>.pkl` and `trans/<long>/<short>.pkl`, or folders that do, one for each
+data set. What is written, `<root>/<data set>/<long>.safetensors`, is what `model.center_folder` names. Nothing but
+arrays is taken out of a .pkl: a pickle that asks for anything else is refused before it runs.
+"""
+
+import argparse
+import logging
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if not __package__:  # run as a script: the packages of the repository stand one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.errors import UserError
+from models.center_files import check_centers, write_centers
+from models.hash_centers import HashCenters, wrong_bits
+from utils.files import make_folder
+
+log = logging.getLogger(__name__)
+
+KINDS = ("long", "short", "trans")
+
+
+def read_array(path: Path) -> Tensor:
+    """The one array that a .pkl of `torch.save` holds.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The array, [...], of the file's type.
+
+    Raises:
+        UserError: If the file is damaged, holds anything but one array, or would run code.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "Unsupported" in str(error):
+            raise UserError(f"{path} is refused: its pickle asks for more than arrays, which could run code") from None
+        raise UserError(f"{path} is damaged, or no file of torch.save; download it again") from None
+    except Exception:  # torch raises anything from RuntimeError to KeyError on a broken file
+        raise UserError(f"{path} is damaged, or no file of torch.save; download it again") from None
+    if not isinstance(content, Tensor) or content.layout is not torch.strided or content.is_complex():
+        raise UserError(f"{path} holds {type(content).__name__}, not one real array; it is no file of centres")
+    return content.detach()
+
+
+def read_set(source: Path) -> dict[int, HashCenters]:
+    """Reads and checks the files of one data set.
+
+    Args:
+        source: Folder with `long`, `short` and `trans`.
+
+    Returns:
+        By long length: long centres, all short centres, and the transforms that there are.
+
+    Raises:
+        UserError: With the first file that does not fit the others.
+    """
+    longs, shorts = _by_bits(source / "long"), _by_bits(source / "short")
+    if not longs or not shorts:
+        lacking = "short" if longs else "long"
+        raise UserError(f"{source / lacking} holds no <bits>.pkl; --source names what the authors published")
+    arrays = {path: read_array(path) for path in (*longs.values(), *shorts.values())}
+    classes = len(next(iter(arrays.values()))) if next(iter(arrays.values())).dim() else 0
+    for lengths in (longs, shorts):
+        for bits, path in lengths.items():
+            check_centers(arrays[path], (classes, bits), str(path), signs=True)
+    short = {bits: arrays[path].float() for bits, path in shorts.items()}
+    found = {}
+    for long_bits, path in longs.items():
+        transforms = {}
+        for bits, trans in _by_bits(source / "trans" / str(long_bits)).items():
+            if bits not in short:
+                raise UserError(f"{trans} leads to {bits} bits, but {source / 'short' / f'{bits}.pkl'} is not there")
+            transform = read_array(trans)
+            check_centers(transform, (2 * long_bits, 2 * bits), str(trans), signs=False)
+            transforms[bits] = transform.float()
+        found[long_bits] = HashCenters(arrays[path].float(), short, transforms)
+    return found
+
+
+def convert(source: Path, root: Path) -> list[Path]:
+    """Converts one data set's files, or those of all data sets in the source folder; nothing is written unless all fit.
+
+    Args:
+        source: Folder with `long`, `short` and `trans`, or with folders that have them.
+        root: Folder to write to.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: If there is nothing to convert, a file does not fit, or the root cannot be written.
+    """
+    if not source.is_dir():
+        raise UserError(f"--source {source}: no such folder")
+    if any((source / kind).is_dir() for kind in KINDS):
+        sets = {root: read_set(source)}
+    else:
+        folders = sorted(folder for folder in source.iterdir() if any((folder / kind).is_dir() for kind in KINDS))
+        sets = {root / folder.name: read_set(folder) for folder in folders}
+    if not sets:
+        raise UserError(f"--source {source}: neither it nor a folder in it holds {', '.join(KINDS)}")
+    written = []
+    for folder, by_length in sets.items():
+        make_folder(folder, "--root")
+        for long_bits, centers in by_length.items():
+            path = folder / f"{long_bits}.safetensors"
+            write_centers(path, centers, {"generator": "the authors of TwDH", "seed": None})
+            quality = [
+                f"{bits} bits {100 * wrong_bits(transform, centers.long, centers.short[bits]):.1f} %"
+                for bits, transform in centers.transforms.items()
+            ]
+            told = f"class bits that its transforms miss: {', '.join(quality)}" if quality else "no transforms"
+            log.info("%s: %d classes; %s", path, len(centers.long), told)
+            written.append(path)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the script; exit code 2 for a user's mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--source", type=Path, required=True, help="folder with long/, short/ and trans/")
+    parser.add_argument("--root", type=Path, default=Path("data/twdh"), help="folder to write to (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        convert(options.source, options.root)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _by_bits(folder: Path) -> dict[int, Path]:
+    """The files `<bits>.pkl` of a folder by their bits, ascending; empty where there is no folder."""
+    return dict(sorted((int(path.stem), path) for path in folder.glob("*.pkl") if path.stem.isdecimal()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
