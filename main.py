@@ -122,11 +122,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    """Runs the command line; returns the exit code: 0, 2 for the user's mistakes, 75 or 130 when it can go on."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line, by default that of the process; returns the exit code: 0, 2 for the user's mistakes, 75 or 130 when it can go on."""
     setup_logging()
     try:
-        return run(parse_arguments())
+        return run(parse_arguments(arguments))
     except UserError as error:
         if launch.first_to_fail():
             sys.stderr.write(f"error: {error}\n")

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import tiny_data
+
+
+torch.set_num_threads(1)  # sums have one order in this process and in those that tests start
 
 
 @pytest.fixture(scope="session")

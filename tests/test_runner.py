@@ -14,7 +14,7 @@ import torch
 
 from common.checkpoint import Checkpoints, load
 from common.registry import MODELS
-from tests.commands import ROOT, run, start
+from tests.commands import ROOT, finish, run, start
 
 METHODS = [name for name in MODELS.names() if name != "CLIP"]  # CLIP's own codes have their own test below
 
@@ -167,10 +167,11 @@ def test_two_processes_give_the_results_of_one(launcher: str, tmp_path: Path, ti
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*arguments("DSPH", one, tiny_overrides))[0] == 0
     if launcher == "distribute":
-        code, out, err = run(*arguments("DSPH", two, tiny_overrides, "--distribute", "--device", "cpu:2"))
+        code, out, err = finish(start(*arguments("DSPH", two, tiny_overrides, "--distribute", "--device", "cpu:2")))
     else:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        code, out, err = run(*arguments("DSPH", two, tiny_overrides), command=[*torchrun, str(ROOT / "main.py")])
+        command = [*torchrun, str(ROOT / "main.py")]
+        code, out, err = finish(start(*arguments("DSPH", two, tiny_overrides), command=command))
     assert code == 0, err
     reports = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     for name, value in reports[0]["best"]["reports"]["16"].items():

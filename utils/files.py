@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
@@ -69,7 +70,7 @@ def make_folder(path: Path, key: str) -> None:
 
 
 class FolderLock:
-    """Holds a folder for this process until `release` or the end of the process, a kill included.
+    """Holds a folder until `release`, the end of this object or that of the process, a kill included.
 
     Args:
         folder: An existing folder.
@@ -78,6 +79,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._handle = os.open(folder, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._handle)
 
     def acquire(self, wait: bool) -> bool:
         """Takes the lock; without `wait`, returns False at once if another process holds it."""
@@ -89,10 +91,10 @@ class FolderLock:
 
     def release(self) -> None:
         """Gives the folder back."""
-        os.close(self._handle)
+        self._close()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename durable: the folder's entry must reach the disk, too."""
     handle = os.open(folder, os.O_RDONLY)
     try:
