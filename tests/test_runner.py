@@ -45,9 +45,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_resumes_and_evaluates(
-    method: str, tmp_path: Path, tiny_overrides: list[str]
-) -> None:
+def test_every_method_trains_resumes_and_evaluates(method: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
     """One whole run; the same run stopped in mid-epoch and resumed; the best checkpoint evaluated: all the same."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     code, out, err = run(*arguments(method, whole, tiny_overrides))
@@ -103,7 +101,9 @@ def test_clip_trains_and_another_run_uses_it(tmp_path: Path, tiny_overrides: lis
              "vision_layers=1", "text_width=64", "text_layers=1", "context_length=16")]  # fmt: skip
     own = [entry for entry in tiny_overrides if not entry.startswith(("model.", "run.cache_dir"))]
     recipe = tmp_path / "clip.yaml"
-    text = run("--config-file", str(ROOT / "configs/CLIP/config.yaml"), *own, "dataset.type=mat", *small, "--print-config")
+    text = run(
+        "--config-file", str(ROOT / "configs/CLIP/config.yaml"), *own, "dataset.type=mat", *small, "--print-config"
+    )
     assert text[0] == 0, text[2]
     write_recipe(recipe, [*own, "dataset.type=mat", *small])
     settings = [entry for entry in tiny_overrides if not entry.startswith(("model.backbone", "run.cache_dir"))]

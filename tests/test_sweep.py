@@ -41,9 +41,7 @@ def test_a_sweep_survives_interruption_and_writes_one_table(
     assert code == 0, err
     assert "is done" in err and (folder / "DSPH-16bits-seed1" / "results.json").stat().st_mtime_ns == first
 
-    results = {
-        path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))
-    }
+    results = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))}
     assert len(results) == 8
     values = [results[f"DCMHT-32bits-seed{seed}"]["best"]["reports"]["32"]["t2i/mAP@all"] for seed in (1, 2)]
     centre, spread = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5

@@ -1,0 +1,367 @@
+"""The command line: what it shows, a method from outside, and every mistake of a user as one line."""
+
+import os
+import pickle
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from main import import_file
+from tests.commands import ROOT, refused, run
+from utils.files import FolderLock
+
+MITH = ["--config-file", str(ROOT / "configs/MITH/coco.yaml")]
+
+
+@pytest.fixture
+def data(tmp_path: Path, tiny_overrides: list[str]) -> Path:
+    """A copy of the tiny data set, to be broken."""
+    root = next(entry for entry in tiny_overrides if entry.startswith("dataset.root=")).partition("=")[2]
+    shutil.copytree(root, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def broken(data: Path, overrides: list[str], *more: str) -> str:
+    """The message for a run on broken data; nothing of the run is left behind."""
+    folder = data.parent / "run"
+    line = refused(*MITH, "--save-dir", folder, *overrides, f"dataset.root={data}", *more)
+    assert not folder.exists() or [path.name for path in folder.rglob("*")] == []
+    return line
+
+
+# ---------------------------------------------------------------------------------------------- what it shows
+
+
+def test_list_names_every_method_runner_and_data_set() -> None:
+    code, out, _ = run("--list")
+    assert code == 0
+    for name in (
+        "MITH",
+        "DCMHT",
+        "VTPH",
+        "CFRH",
+        "DSPH",
+        "DNPH",
+        "TwDH",
+        "DIMCH",
+        "UMoED",
+        "CLIP",
+        "Runner",
+        "openmoji",
+    ):
+        line = next(line for line in out.splitlines() if f" {name} " in f"{line} ")
+        assert len(line.split()) > 4, line
+    assert "could not be imported" not in out
+
+
+def test_print_config_names_the_layer_of_every_value() -> None:
+    code, out, _ = run(*MITH, "model.bits=64", "--print-config")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines() if "." in line.split()[0]}
+    assert "command line" in rows["model.bits"] and "64" in rows["model.bits"]
+    assert "configs/MITH/coco.yaml" in rows["model.top_k"]
+    assert "configs/datasets/coco.yaml" in rows["dataset.root"]
+    assert "configs/base.yaml" in rows["run.precision"]
+
+
+def test_help_explains_every_option() -> None:
+    done = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for option in (
+        "--config-file",
+        "--save-dir",
+        "--device",
+        "--resume",
+        "--evaluate",
+        "--list",
+        "--print-config",
+        "--import",
+    ):
+        assert option in done.stdout
+
+
+# --------------------------------------------------------------------------------------- a method from outside
+
+TOY = """
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from common.registry import MODELS
+from common.types import Batch, DataInfo, Progress, StepOutput
+from models.base import HashingModel, ModelConfig, ParamGroups
+from utils.distributed import gather_rows
+
+
+class ToyConfig(ModelConfig):
+    margin: float = Field(gt=0)
+
+
+@MODELS.register("Toy")
+class Toy(HashingModel):
+    \"\"\"Linear codes of pixels and words.\"\"\"
+
+    Config = ToyConfig
+    fields = frozenset({"image", "bag_of_words", "labels"})
+    text_fields = frozenset({"bag_of_words"})
+
+    def __init__(self, config: ToyConfig, data: DataInfo) -> None:
+        super().__init__(config, data)
+        self.margin = config.margin
+        channels, height, width = data.field_shapes["image"]
+        self.image = nn.Linear(channels * height * width, config.bits)
+        self.text = nn.Linear(data.field_shapes["bag_of_words"][0], config.bits)
+
+    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
+        image = gather_rows(self.image(batch["image"].flatten(1)).tanh())
+        text = gather_rows(self.text(batch["bag_of_words"]).tanh())
+        labels = gather_rows(batch["labels"])
+        same = (labels @ labels.T > 0).float()
+        likelihood = nn.functional.softplus(self.margin * image @ text.T) - same * self.margin * (image @ text.T)
+        return StepOutput(likelihood.mean(), {"likelihood": likelihood.mean()})
+
+    def encode_image(self, batch: Batch) -> Tensor:
+        return torch.where(self.image(batch["image"].flatten(1)) >= 0, 1.0, -1.0)
+
+    def encode_text(self, batch: Batch) -> Tensor:
+        return torch.where(self.text(batch["bag_of_words"]) >= 0, 1.0, -1.0)
+
+    def param_groups(self) -> ParamGroups:
+        return {"main": {"all": list(self.parameters())}}
+"""
+
+
+def toy(tmp_path: Path) -> list[str]:
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "toy.yaml").write_text(
+        textwrap.dedent(
+            f"""
+            base: [{ROOT}/configs/base.yaml, {ROOT}/configs/datasets/coco.yaml]
+            model: {{name: Toy, bits: 16, margin: 0.5}}
+            optim:
+              main: {{type: SGD, lr: {{all: 0.05}}, momentum: 0.9, weight_decay: 0, nesterov: false, schedule: constant}}
+            """
+        )
+    )
+    return ["--import", str(tmp_path / "toy.py"), "--config-file", str(tmp_path / "toy.yaml")]
+
+
+def test_a_method_from_outside_trains(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """One file and one YAML outside the tree; in a process of its own, since names are registered once."""
+    settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
+    command = [
+        sys.executable,
+        "main.py",
+        *toy(tmp_path),
+        "--save-dir",
+        str(tmp_path / "run"),
+        *settings,
+        "run.epochs=8",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Toy on tiny" in done.stdout
+    listed = subprocess.run([*command[:4], "--list"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Linear codes of pixels and words." in listed.stdout
+
+
+def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    with pytest.raises(UserError, match="no such Python file"):
+        import_file(file)
+    file.write_text("x = 1\nprint(undefined_name)\n")
+    with pytest.raises(UserError, match=r"NameError.*undefined_name.*line 2"):
+        import_file(file)
+    file.write_text("def broken(:\n")
+    with pytest.raises(UserError, match="SyntaxError"):
+        import_file(file)
+    file.write_text("from common.registry import MODELS\nMODELS.register('mith')(int)\n")
+    with pytest.raises(UserError, match="'mith' is taken by 'MITH'"):
+        import_file(file)
+
+
+# ----------------------------------------------------------------------------------------------- bad input: config
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["model.name=MTIH"], "did you mean 'MITH'"),
+        (["model.bit=16"], "did you mean 'bits'"),
+        (["model.bits=x"], "model.bits"),
+        (["model.bits=0"], "greater than 0"),
+        (["model.bits=-16"], "greater than 0"),
+        (["model.bits=4"], "model.top_k"),
+        (["run.epochs=[1"], "not valid YAML"),
+        (["run.batch_size=38"], "training split of tiny has 37 pairs"),
+        (["dataset.split.query=50"], "dataset.split"),
+        (["dataset.root=/no/such/folder"], "/no/such/folder"),
+        (["dataset.image_size=64"], "dataset.image_size"),
+        (["dataset.text_length=64"], "dataset.text_length"),
+        (["model.backbone=ViT-B/33"], "ViT-B/32"),
+        (["model.backbone=/no/such/clip.pt"], "/no/such/clip.pt"),
+        (["model.backbone=configs/MITH/config.yaml"], "needs a backbone itself"),
+        (["run.device=97"], "GPU 97 is not there"),
+        (["run.device=0,0"], "named twice"),
+        (["--device", "cpu", "--distribute"], "--distribute needs several devices"),
+        (["optim.main.lr.body=1"], "optim.main.lr.body"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, tiny_overrides: list[str], more: list[str], expected: str) -> None:
+    line = refused(*MITH, "--save-dir", tmp_path / "run", *tiny_overrides, *more)
+    assert expected in line
+    assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
+
+
+def test_yaml_syntax(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("model:\n  name: MITH\n bits: 3\n")
+    line = refused("--config-file", tmp_path / "bad.yaml")
+    assert "bad.yaml, line 3" in line
+
+
+def test_no_config_and_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config-file" in refused("run.epochs=3")
+    with pytest.raises(SystemExit) as stop:
+        run("--config", "x")
+    assert stop.value.code == 2
+
+
+def test_cuda_that_is_not_there(tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "has no GPU" in refused(*MITH, "--save-dir", tmp_path / "run", *tiny_overrides, "--device", "cuda")
+
+
+# ------------------------------------------------------------------------------------------------- bad input: data
+
+
+def test_missing_file(data: Path, tiny_overrides: list[str]) -> None:
+    (data / "label.mat").unlink()
+    assert "label.mat" in broken(data, tiny_overrides)
+
+
+def test_mat_without_the_key(data: Path, tiny_overrides: list[str]) -> None:
+    scipy.io.savemat(data / "label.mat", {"annotations": np.ones((56, 4))})
+    line = broken(data, tiny_overrides)
+    assert "label.mat" in line and "annotations" in line and "category" in line
+
+
+def test_truncated_mat(data: Path, tiny_overrides: list[str]) -> None:
+    content = (data / "caption.mat").read_bytes()
+    (data / "caption.mat").write_bytes(content[: len(content) // 2])
+    assert "caption.mat" in broken(data, tiny_overrides)
+
+
+def test_lengths_that_differ(data: Path, tiny_overrides: list[str]) -> None:
+    scipy.io.savemat(data / "label.mat", {"category": np.ones((55, 4))})
+    line = broken(data, tiny_overrides)
+    assert "55" in line and "56" in line and "label.mat" in line
+
+
+def test_query_without_labels(data: Path, tiny_overrides: list[str]) -> None:
+    labels = scipy.io.loadmat(data / "label.mat")["category"]
+    labels[np.random.RandomState(1814).permutation(56)[2]] = 0
+    scipy.io.savemat(data / "label.mat", {"category": labels})
+    assert "no label" in broken(data, tiny_overrides, "dataset.split.seed=1814")
+
+
+def bomb(path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:300]), "truncated"),
+        (lambda path: path.write_text("not a picture"), "not a picture"),
+        (bomb, "bomb"),
+    ],
+    ids=["missing", "truncated", "text", "bomb"],
+)
+@pytest.mark.parametrize("loader", ["memory", "workers"])
+def test_broken_pictures(data: Path, tiny_overrides: list[str], spoil: object, expected: str, loader: str) -> None:
+    spoil(data / "images" / "7.png")  # type: ignore[operator]
+    folder = data.parent / "run"
+    more = [f"dataset.root={data}", f"run.loader={loader}", "run.workers=2"]
+    line = refused(*MITH, "--save-dir", folder, *tiny_overrides, *more)
+    assert "7.png" in line and expected in line
+    assert not list(folder.rglob("*.part"))
+
+
+# ------------------------------------------------------------------------------------------ bad input: checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert run(*MITH, "--save-dir", folder, *tiny_overrides, "run.epochs=1")[0] == 0
+    return folder
+
+
+def test_checkpoint_of_another_method_or_length(trained: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    other = ["--config-file", ROOT / "configs/DSPH/coco.yaml", "--save-dir", tmp_path / "run"]
+    assert "is of MITH" in refused(*other, *tiny_overrides, "--evaluate", trained / "best.pt")
+    same = [*MITH, "--save-dir", tmp_path / "run", *tiny_overrides]
+    assert "32 bits" in refused(*same, "model.bits=32", "--evaluate", trained / "best.pt")
+
+
+def test_checkpoint_that_cannot_be_read(trained: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    settings = [*MITH, "--save-dir", tmp_path / "run", *tiny_overrides]
+    assert "no.pt is not there" in refused(*settings, "--evaluate", tmp_path / "no.pt")
+    (tmp_path / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:5000])
+    assert "cut.pt" in refused(*settings, "--evaluate", tmp_path / "cut.pt")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(os.system))
+    assert "evil.pt" in refused(*settings, "--evaluate", tmp_path / "evil.pt")
+    torch.save({"w": torch.ones(2)}, tmp_path / "foreign.pt")
+    assert "does not fit" in refused(*settings, "--evaluate", tmp_path / "foreign.pt")
+
+
+def test_evaluating_needs_no_config_for_our_own_checkpoints(trained: Path, tmp_path: Path) -> None:
+    code, out, err = run("--evaluate", trained / "best.pt", "--save-dir", tmp_path / "out")
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "codes-best.mat", "codes-best.npz", "evaluation-best.json"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- bad input: folders
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(trained: Path, tiny_overrides: list[str]) -> None:
+    before = (trained / "results.json").read_bytes()
+    line = refused(*MITH, "--save-dir", trained, *tiny_overrides, "run.epochs=1")
+    assert "holds a finished run" in line and "--resume" in line
+    assert (trained / "results.json").read_bytes() == before
+
+
+def test_resuming_under_other_settings_lists_them(trained: Path, tiny_overrides: list[str]) -> None:
+    line = refused(*MITH, "--save-dir", trained, *tiny_overrides, "run.epochs=3", "model.temperature=0.1", "--resume")
+    assert "run.epochs: 1 there, 3 now" in line and "model.temperature: 0.07 there, 0.1 now" in line
+
+
+def test_folder_in_use(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    lock = FolderLock(tmp_path / "run")
+    assert lock.acquire(wait=False)
+    assert "another process" in refused(*MITH, "--save-dir", tmp_path / "run", *tiny_overrides)
+    lock.release()
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--save-dir" in refused(*MITH, "--save-dir", tmp_path / "file" / "run", *tiny_overrides)
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    if not os.access(locked, os.W_OK):  # root may write everywhere
+        assert "--save-dir" in refused(*MITH, "--save-dir", locked / "run", *tiny_overrides)
