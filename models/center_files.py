@@ -141,10 +141,11 @@ def read_centers(path: Path, classes: int, long_bits: int, short_bits: Sequence[
         check_centers(content[name], shape, f"centre file {path}: {name}", signs=not name.startswith("transform"))
         return content[name]
 
+    lengths = sorted(short_bits)
     return HashCenters(
         take("long", (classes, long_bits)),
-        {bits: take(f"short.{bits}", (classes, bits)) for bits in short_bits},
-        {bits: take(f"transform.{bits}", (2 * long_bits, 2 * bits)) for bits in short_bits if transforms},
+        {bits: take(f"short.{bits}", (classes, bits)) for bits in lengths},
+        {bits: take(f"transform.{bits}", (2 * long_bits, 2 * bits)) for bits in lengths if transforms},
     )
 
 

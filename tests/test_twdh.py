@@ -213,7 +213,7 @@ def test_low_rate_weighs_everything_about_short_codes(tmp_path: Path) -> None:
         torch.manual_seed(1)
         out = model(rows_of(), START)
         losses.append(out.loss.item())
-        terms = {name: float(value) for name, value in out.terms.items()}
+        terms = {name: value.item() for name, value in out.terms.items()}
     short = sum(terms[f"{name}_{bits}"] for name in ("center", "quantization") for bits in (8, 16))
     assert losses[1] - losses[0] == pytest.approx(0.3 * short, rel=1e-4)
 
