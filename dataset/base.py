@@ -57,7 +57,8 @@ class PairedConfig(DatasetConfig):
     split: SplitConfig
     image_size: int = Field(gt=0)  # R, pixels of the square input; must be the backbone's
     augment: bool  # training pictures: false = shorter side to R, centre crop; true = random flip and resized crop
-    stored_size: int = Field(gt=0)  # side in pixels at which `loader: memory` holds pictures for random crops
+    stored_size: int = Field(gt=0)  # pixels: shorter side in the cache; side at which `loader: memory` holds pictures
+    cache: str | None  # folder of the picture cache: pictures decoded once, scaled down, in one file; null = none
     text_length: int = Field(ge=2)  # L, tokens of a text with start, end and padding
     vocabulary: int = Field(gt=0)  # V, words of `bag_of_words`, for the methods that read it
 

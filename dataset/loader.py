@@ -6,6 +6,7 @@ checkpoint would have to hold, and the number of processes and workers changes n
 
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,15 +16,18 @@ from torch import Tensor
 from common.errors import UserError
 from common.types import Batch
 from dataset.base import PairedDataset, Split
+from dataset.cache import cached_pictures
 from dataset.columns import PictureColumn, RowColumn
 from dataset.draws import Purpose, permutation, uniform
 from dataset.jobs import Job, PictureSource
 from dataset.memory import MemorySource, PictureMemory
+from dataset.pictures import Pictures
 from dataset.transforms import CROP_DRAWS, View
 from dataset.workers import WorkerSource
 from utils.distributed import rank, world_size
 
 _memories: weakref.WeakKeyDictionary[PairedDataset, dict[torch.device, PictureMemory]] = weakref.WeakKeyDictionary()
+_caches: weakref.WeakKeyDictionary[PairedDataset, Pictures] = weakref.WeakKeyDictionary()
 
 
 def build_loader(
@@ -57,7 +61,7 @@ def build_loader(
 
     Raises:
         UserError: If the split does not offer a field, has fewer rows than a training batch, or does not fit into
-            memory.
+            memory; if the picture cache of `dataset.cache` cannot be built.
     """
     dataset.require(split, fields)
     rows = len(dataset.splits.items(split))
@@ -78,12 +82,17 @@ def build_loader(
             else:
                 groups[known].append(field)
     config = dataset.config
+    pictures = dataset.pictures
+    if config.cache is not None and numbers:
+        if dataset not in _caches:
+            _caches[dataset] = cached_pictures(pictures, Path(config.cache), config.name, config.stored_size)
+        pictures = _caches[dataset]
     source: PictureSource
     if kind == "workers":
-        source = WorkerSource(dataset.pictures, numbers, config.image_size, device, workers)
+        source = WorkerSource(pictures, numbers, config.image_size, device, workers)
     else:
         memories = _memories.setdefault(dataset, {})
-        memory = memories.setdefault(device, PictureMemory(dataset.pictures, device, config.name))
+        memory = memories.setdefault(device, PictureMemory(pictures, device, config.name))
         source = MemorySource(memory, numbers, size=config.image_size, stored_size=config.stored_size)
     loader = Loader(
         dataset, split, fields, groups, source, batch_size=batch_size, seed=seed, device=device, caption=caption

@@ -95,9 +95,10 @@ class PictureMemory:
 
         def decode(number: int) -> list[Tensor]:
             picture = self.pictures.read(number)
+            size = self.pictures.source_size(number, picture)
             views: list[Tensor] = []
             for holding, place in places[number]:
-                holding.sizes[place] = torch.tensor(picture.size)
+                holding.sizes[place] = torch.tensor(size)
                 if holding.view is View.RANDOM:
                     views.append(to_pixels(squashed(picture, holding.side)))
                 else:
@@ -124,9 +125,10 @@ class PictureMemory:
 class MemorySource:
     """Pictures cut, resized and normalised on the device, a batch at once.
 
-    Pixels equal those of worker processes, except for `View.RANDOM`. There they differ by at most one grey level of
-    255 where pictures are held at their own size, and otherwise by cutting from a resized picture: by at most 3 grey
-    levels for smooth pictures of 500 x 375 pixels held at 256 for a model that takes 224; by more at sharp edges.
+    Pixels equal those of worker processes (with a picture cache: to within rounding), except for `View.RANDOM`. There
+    they differ by at most one grey level of 255 where pictures are held at their own size, and otherwise by cutting
+    from a resized picture: by at most 3 grey levels for smooth pictures of 500 x 375 pixels held at 256 for a model
+    that takes 224; by more at sharp edges.
 
     Args:
         memory: Holds the pictures.

@@ -5,6 +5,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from common.errors import UserError
+from dataset.draws import Floats
+from dataset.transforms import View, view_pixels
 
 # Pictures beyond Pillow's limit are refused in `PictureFiles.read`; its own warning would only be a second line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -38,6 +42,39 @@ class Pictures(ABC):
             UserError: If it is missing, broken, or not a picture.
         """
 
+    def size(self, number: int) -> tuple[int, int]:
+        """Width and height of one picture in pixels, as the source has it.
+
+        Raises:
+            UserError: As `read`.
+        """
+        return self.read(number).size
+
+    def view(self, number: int, view: View, size: int, draws: Floats | None) -> Tensor:
+        """One picture as the model sees it, before normalisation.
+
+        Args:
+            number: Which.
+            view: The transform.
+            size: Side R in pixels.
+            draws: Numbers for `View.RANDOM`, [CROP_DRAWS].
+
+        Returns:
+            Pixels, [3, R, R] uint8.
+
+        Raises:
+            UserError: As `read`.
+        """
+        return view_pixels(self.read(number), view, size, draws)
+
+    def source_size(self, number: int, picture: Image.Image) -> tuple[int, int]:  # noqa: ARG002 - most do not scale
+        """Width and height of `picture`, which `read` gave for `number`, before any scaling down."""
+        return picture.size
+
+    def files(self) -> Sequence[str] | None:
+        """The file that each picture is decoded from; None where pictures are no files of their own."""
+        return None
+
 
 class PictureFiles(Pictures):
     """Picture files.
@@ -57,6 +94,22 @@ class PictureFiles(Pictures):
 
     def read(self, number: int) -> Image.Image:
         """As `Pictures.read`. EXIF rotation is not applied, as in the papers' code."""
+        with self._opened(number) as picture:
+            return picture.convert("RGB")
+
+    def size(self, number: int) -> tuple[int, int]:
+        """As `Pictures.size`; only the file's head is read."""
+        with self._opened(number) as picture:
+            return picture.size
+
+    def files(self) -> Sequence[str]:
+        """As `Pictures.files`."""
+        paths: list[str] = self.paths.tolist()
+        return paths
+
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[Image.Image]:
+        """One picture, not yet decoded; whatever goes wrong until the block ends is the user's mistake."""
         path = str(self.paths[number])
         where = f"picture {path} (row {number} of {self.place})"
         limit = Image.MAX_IMAGE_PIXELS
@@ -65,7 +118,7 @@ class PictureFiles(Pictures):
                 width, height = picture.size
                 if limit is not None and width * height > limit:
                     raise Image.DecompressionBombError
-                return picture.convert("RGB")
+                yield picture
         except FileNotFoundError:
             raise UserError(f"{where} is missing; fetch it again, or set dataset.image_root to its folder") from None
         except UnidentifiedImageError:
@@ -158,8 +211,23 @@ class JoinedPictures(Pictures):
 
     def read(self, number: int) -> Image.Image:
         """As `Pictures.read`."""
+        pictures, number = self._place(number)
+        return pictures.read(number)
+
+    def size(self, number: int) -> tuple[int, int]:
+        """As `Pictures.size`."""
+        pictures, number = self._place(number)
+        return pictures.size(number)
+
+    def files(self) -> Sequence[str] | None:
+        """As `Pictures.files`."""
+        first, second = self.first.files(), self.second.files()
+        return None if first is None or second is None else [*first, *second]
+
+    def _place(self, number: int) -> tuple[Pictures, int]:
+        """The source of a picture, and its number there."""
         before = len(self.first)
-        return self.first.read(number) if number < before else self.second.read(number - before)
+        return (self.first, number) if number < before else (self.second, number - before)
 
 
 def resolve_paths(index: Sequence[str], root: Path, place: str) -> list[str]:

@@ -38,13 +38,33 @@ def cropped(picture: Image.Image, size: int) -> Image.Image:
     Source:
         Training transform of DCMHT, MITH, DSPH, DNPH; equals torchvision's Resize and CenterCrop.
     """
-    width, height = picture.size
-    if width <= height:
-        width, height = size, int(size * height / width)
-    else:
-        width, height = int(size * width / height), size
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    width, height, left, top = _shorter_side_to(picture.size, size)
     return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def cropped_box(size: tuple[int, int], result: int) -> tuple[float, float, float, float]:
+    """The part of a picture that `cropped` shows.
+
+    Args:
+        size: Width and height of the picture.
+        result: Side of the result in pixels.
+
+    Returns:
+        Left, top, right, bottom in pixels of the picture, fractions of pixels included.
+    """
+    width, height, left, top = _shorter_side_to(size, result)
+    across, down = size[0] / width, size[1] / height
+    return left * across, top * down, (left + result) * across, (top + result) * down
+
+
+def _shorter_side_to(size: tuple[int, int], result: int) -> tuple[int, int, int, int]:
+    """Width and height of a picture whose shorter side becomes `result`, and where its centre begins: left, top."""
+    width, height = size
+    if width <= height:
+        width, height = result, int(result * height / width)
+    else:
+        width, height = int(result * width / height), result
+    return width, height, round((width - result) / 2), round((height - result) / 2)
 
 
 def squashed(picture: Image.Image, size: int) -> Image.Image:

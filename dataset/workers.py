@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.errors import UserError
 from dataset.jobs import Job
 from dataset.pictures import Pictures
-from dataset.transforms import View, normalise, view_pixels
+from dataset.transforms import View, normalise
 
 
 class WorkerSource:
@@ -102,7 +102,7 @@ class _JobPictures(Dataset[list[Tensor] | str]):
         batch = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
         for row, number in enumerate(numbers.tolist()):
             draws = None if job.draws is None else job.draws[row]
-            batch[row] = view_pixels(self.pictures.read(number), job.view, self.size, draws)
+            batch[row] = self.pictures.view(number, job.view, self.size, draws)
         return batch
 
 

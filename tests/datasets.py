@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     "image_size": 16,
     "augment": False,
     "stored_size": 24,
+    "cache": None,
     "text_length": 12,
     "vocabulary": 5,
     "query_counterpart": "text_only",

@@ -1,0 +1,309 @@
+"""The picture cache: pictures decoded once, scaled down, and kept in one memory-mapped file.
+
+A folder of the cache holds two files. `pictures.bin` has the grey levels of all pictures, [h, w, 3] uint8 each, one
+after the other; `index.npz` has their sizes, from which the places follow, and a digest of the files that they were
+made from. The index appears last, so where it stands the pictures are whole.
+
+While a cache is being built, `plan.npz` stands in the index's stead, and `done.bin` lists the parts that are on the
+disk. A build that was killed goes on from there and ends in the same bytes. Threads do the work: decoding and scaling
+leave Python's lock free, and no process outlives a kill.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.errors import UserError
+from dataset.draws import Floats
+from dataset.kernels import resize_box
+from dataset.pictures import Pictures
+from dataset.transforms import View, crop_boxes, cropped_box, flips
+from utils.files import FolderLock, atomic, make_folder, sync_folder
+from utils.logging import progress
+
+log = logging.getLogger(__name__)
+
+PIXELS, INDEX, PLAN, DONE = "pictures.bin", "index.npz", "plan.npz", "done.bin"
+PART = 64  # pictures written between two entries of `done.bin`
+_LAYOUT = "1"  # of the files; another one makes older caches anew
+_PARTS_A_SYNC = 64  # parts between two waits for the disk
+_TASKS = 4096  # handed to the threads at a time
+Result = TypeVar("Result")
+
+
+class CachedPictures(Pictures):
+    """Pictures of a cache. Those whose shorter side is longer than the stored size are scaled down, the others whole.
+
+    Views show the same part of a picture as without a cache; pixels differ by scaling twice: for smooth pictures of
+    500 x 375 pixels stored at 256 for a model that takes 224 by at most 3 grey levels of 255; by more where details
+    are finer than the stored pixels.
+
+    Args:
+        path: `pictures.bin`.
+        sizes: Stored width and height, width and height of the source, [N, 4] int64.
+    """
+
+    def __init__(self, path: Path, sizes: npt.NDArray[np.int64]) -> None:
+        self.path = path
+        self.sizes = sizes
+        self.starts = _starts(sizes)
+        self._pixels: npt.NDArray[np.uint8] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None}  # a memory map would travel as a copy of the file
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.sizes)
+
+    def read(self, number: int) -> Image.Image:
+        """As `Pictures.read`."""
+        return Image.fromarray(self._stored(number))
+
+    def view(self, number: int, view: View, size: int, draws: Floats | None) -> Tensor:
+        """As `Pictures.view`: the same part of the picture to a fraction of a pixel, cut from the stored one."""
+        pixels = self._stored(number)
+        stored, source = self.sizes[number, :2], self.sizes[number, 2:]
+        box, bounds, mirrored = np.array([0, 0, *stored], np.float64), np.array([0, 0, *stored]), False
+        if draws is not None and view is View.RANDOM:
+            box = crop_boxes(source[None], draws[None])[0] * np.tile(stored / source, 2)
+            bounds[:2], bounds[2:] = np.floor(box[:2]), np.ceil(box[2:])
+            mirrored = bool(flips(draws[None])[0])
+        elif view is View.CROPPED:
+            box = np.array(cropped_box((int(source[0]), int(source[1])), size)) * np.tile(stored / source, 2)
+        out = np.empty((3, size, size), np.uint8)
+        resize_box(pixels, box, bounds, view is not View.RANDOM, mirrored, out)
+        return torch.from_numpy(out)
+
+    def size(self, number: int) -> tuple[int, int]:
+        """As `Pictures.size`."""
+        width, height = self.sizes[number, 2:].tolist()
+        return width, height
+
+    def source_size(self, number: int, picture: Image.Image) -> tuple[int, int]:  # noqa: ARG002 - of another size
+        """As `Pictures.source_size`."""
+        return self.size(number)
+
+    def _stored(self, number: int) -> npt.NDArray[np.uint8]:
+        """Grey levels, [h, w, 3]."""
+        if self._pixels is None:
+            try:
+                pixels = np.memmap(self.path, np.uint8, "r", shape=(int(self.starts[-1]),))
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{self.path} of the picture cache cannot be read ({error}); remove its folder and run again"
+                ) from None
+            self._pixels = pixels.view(np.ndarray)
+        width, height = self.sizes[number, :2]
+        return self._pixels[self.starts[number] : self.starts[number + 1]].reshape(height, width, 3)
+
+
+def cached_pictures(pictures: Pictures, folder: Path, name: str, stored_size: int) -> CachedPictures:
+    """Opens the cache of some pictures; builds it first, or goes on with building, where it is not whole.
+
+    A cache is taken for whole only if every source file has the path, size and time of change that it was made from.
+    Several processes may call this at once: one builds, the others wait.
+
+    Args:
+        pictures: The source.
+        folder: Where caches lie (`dataset.cache`); this one gets a subfolder.
+        name: The data set's name.
+        stored_size: Pixels of the shorter side, `dataset.stored_size`.
+
+    Raises:
+        UserError: If the pictures are no files, one is missing, broken or changes during the build, or there is no
+            room or no right to write.
+    """
+    files = pictures.files()
+    if files is None:
+        raise UserError(
+            f"dataset.cache: the pictures of {name} are stored decoded, so there is nothing to gain; "
+            "set dataset.cache=null"
+        )
+    paths = "\n".join(os.path.abspath(file) for file in files)
+    folder = folder / f"{name}-{stored_size}px-{_digest(paths)}"
+    stamp = _digest(_LAYOUT, *map(_state_of_file, files))
+    sizes = _whole(folder, stamp)
+    if sizes is None:
+        make_folder(folder, "dataset.cache")
+        lock = FolderLock(folder)
+        try:
+            if not lock.acquire(wait=False):
+                log.info("picture cache of %s: waiting for the process that is building it in %s", name, folder)
+                lock.acquire(wait=True)
+            sizes = _whole(folder, stamp)  # another process may have built it in the meantime
+            if sizes is None:
+                sizes = _build(pictures, folder, name, stored_size, stamp)
+        finally:
+            lock.release()
+    return CachedPictures(folder / PIXELS, sizes)
+
+
+def stored_sizes(sizes: npt.NDArray[np.int64], stored_size: int) -> npt.NDArray[np.int64]:
+    """Sizes at which pictures are stored: shorter side `stored_size`, ratio kept, never larger than the source.
+
+    Args:
+        sizes: Width and height, [N, 2].
+        stored_size: Pixels.
+
+    Returns:
+        Width and height, [N, 2].
+    """
+    shorter = sizes.min(axis=1, keepdims=True)
+    scaled = np.rint(sizes * stored_size / shorter).astype(np.int64)
+    return np.where(shorter > stored_size, scaled, sizes)
+
+
+def _build(pictures: Pictures, folder: Path, name: str, stored_size: int, stamp: str) -> npt.NDArray[np.int64]:
+    """Builds a cache, or goes on with it; returns the sizes [N, 4]."""
+    sizes = _read_index(folder / PLAN, stamp)
+    if sizes is None:
+        log.info("picture cache of %s: planning", name)
+        for old in (INDEX, PLAN, DONE, PIXELS):  # in this order: what vouches for a file goes before the file
+            (folder / old).unlink(missing_ok=True)
+            sync_folder(folder)
+        found = _in_threads(pictures.size, range(len(pictures)))
+        source = np.array(list(progress(found, total=len(pictures), desc="sizes", unit="picture")), np.int64)
+        sizes = np.concatenate([stored_sizes(source, stored_size), source], axis=1)
+        with atomic(folder / PLAN) as temporary, open(temporary, "wb") as file:
+            np.savez(file, stamp=np.array(stamp), sizes=sizes)
+    total = int(_starts(sizes)[-1])
+    _require_room(folder, name, len(sizes), total)
+    try:
+        handle = os.open(folder / PIXELS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(handle, 0, total)  # no surprise after an hour's work
+            _write_parts(pictures, sizes, folder, handle)
+        finally:
+            os.close(handle)
+        (folder / DONE).unlink()
+        os.replace(folder / PLAN, folder / INDEX)
+        sync_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"picture cache {folder} cannot be written: {error.strerror or error}; free some room, set dataset.cache "
+            "to another folder, or to null"
+        ) from None
+    log.info("picture cache of %s is whole: %s", name, folder)
+    return sizes
+
+
+def _write_parts(pictures: Pictures, sizes: npt.NDArray[np.int64], folder: Path, handle: int) -> None:
+    """Writes the parts that `done.bin` does not list. A part is listed when its bytes are on the disk."""
+    starts = _starts(sizes)
+    parts = [range(first, min(first + PART, len(sizes))) for first in range(0, len(sizes), PART)]
+
+    def write(part: int) -> int:
+        for number in parts[part]:
+            picture, (width, height, *source) = pictures.read(number), sizes[number].tolist()
+            if list(picture.size) != source:
+                files = pictures.files()
+                raise UserError(f"{files[number] if files else number} changed while the cache was built; run again")
+            if (width, height) != picture.size:
+                picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            _write_all(handle, picture.tobytes(), int(starts[number]))
+        return len(parts[part])
+
+    listed = os.open(folder / DONE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        known = np.fromfile(folder / DONE, "<u4")
+        os.ftruncate(listed, known.nbytes)  # a kill may leave part of a number
+        os.lseek(listed, 0, os.SEEK_END)
+        open_parts = sorted(set(range(len(parts))) - set(known.tolist()))
+        before = len(sizes) - sum(len(parts[part]) for part in open_parts)
+        with progress(total=len(sizes), initial=before, desc="picture cache", unit="picture") as bar:
+            for start in range(0, len(open_parts), _PARTS_A_SYNC):
+                group = open_parts[start : start + _PARTS_A_SYNC]
+                for count in _in_threads(write, group):
+                    bar.update(count)
+                os.fdatasync(handle)
+                _write_all(listed, np.array(group, "<u4").tobytes(), None)
+                os.fdatasync(listed)
+        os.fsync(handle)
+    finally:
+        os.close(listed)
+
+
+def _write_all(handle: int, content: bytes, place: int | None) -> None:
+    """Writes all bytes at a place, or at the file's current one."""
+    view = memoryview(content)
+    while view:
+        written = os.write(handle, view) if place is None else os.pwrite(handle, view, place)
+        view = view[written:]
+        place = None if place is None else place + written
+
+
+def _in_threads(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:
+    """Results in the order of the numbers. After an error, what has not begun is not begun."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        for start in range(0, len(numbers), _TASKS):
+            yield from pool.map(function, numbers[start : start + _TASKS])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _require_room(folder: Path, name: str, count: int, total: int) -> None:
+    """Says how large the cache will be, and refuses to begin what cannot end."""
+    begun = folder / PIXELS
+    need = total - (begun.stat().st_blocks * 512 if begun.exists() else 0)
+    free = shutil.disk_usage(folder).free
+    log.info(
+        "picture cache of %s: %d pictures take %s in %s, which has %s free",
+        name, count, _amount(total), folder, _amount(free),
+    )  # fmt: skip
+    if need > free:
+        raise UserError(
+            f"the picture cache of {name} needs {_amount(need)}, and {folder} has {_amount(free)} free; free some "
+            "room, set dataset.cache to a folder on another disk, or to null"
+        )
+
+
+def _whole(folder: Path, stamp: str) -> npt.NDArray[np.int64] | None:
+    """The sizes [N, 4] of a whole cache that was made from the files as they are now, else None."""
+    sizes = _read_index(folder / INDEX, stamp)
+    path = folder / PIXELS
+    return sizes if sizes is not None and path.exists() and path.stat().st_size == _starts(sizes)[-1] else None
+
+
+def _read_index(path: Path, stamp: str) -> npt.NDArray[np.int64] | None:
+    """The sizes [N, 4] that a file lists, if it carries the stamp; else None."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["sizes"] if str(file["stamp"]) == stamp else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _starts(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Byte at which each picture begins, and the end, [N + 1]."""
+    return np.concatenate([[0], np.cumsum(3 * sizes[:, 0] * sizes[:, 1])])
+
+
+def _state_of_file(path: str) -> str:
+    """Size and time of change; a missing file is reported when it is read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.blake2b("\n".join(texts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+
+def _amount(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
