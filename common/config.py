@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from common.errors import UserError
 from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
@@ -54,9 +54,12 @@ class RunConfig(Section):
     runner: str  # registered name of the loop
     save_dir: str  # folder of the run; {model}, {dataset}, {bits} and {seed} are filled in
     cache_dir: str  # downloaded weights, trained backbones, hash centres: costly to make, safe to delete
+    # auto, cpu, cpu:2 (two processes), cuda, or GPU numbers
     device: Annotated[
-        str, StringConstraints(pattern=r"^(auto|cpu|cuda|\d+(,\d+)*)$")
-    ]  # auto, cpu, cuda, or GPU numbers
+        str,
+        BeforeValidator(lambda value: str(value) if type(value) is int else value),  # `device: 0` is a number in YAML
+        StringConstraints(pattern=r"^(auto|cpu(:[1-9]\d*)?|cuda|\d+(,\d+)*)$"),
+    ]
     distribute: bool  # one process per device of `device`
     seed: int = Field(ge=0, lt=2**32)  # weights, order, augmentation, dropout (the split has its own seed)
     epochs: int = Field(gt=0)

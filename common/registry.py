@@ -51,6 +51,8 @@ class Registry(Generic[T]):
         """
 
         def decorate(cls: T) -> T:
+            if not getattr(cls, "__module__", "").startswith(f"{self.package}."):
+                self._scan()  # a name from outside must not take one of the library's
             for taken, other in self._classes.items():
                 if taken.casefold() == name.casefold():
                     place = getattr(other, "__module__", "?")

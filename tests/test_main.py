@@ -212,6 +212,7 @@ def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
         (["model.backbone=ViT-B/33"], "ViT-B/32"),
         (["model.backbone=/no/such/clip.pt"], "/no/such/clip.pt"),
         (["model.backbone=configs/MITH/config.yaml"], "needs a backbone itself"),
+        (["--device", "97"], "GPU 97 is not there"),
         (["run.device=97"], "GPU 97 is not there"),
         (["run.device=0,0"], "named twice"),
         (["--device", "cpu", "--distribute"], "--distribute needs several devices"),
