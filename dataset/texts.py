@@ -59,8 +59,16 @@ class Captions:
         Returns:
             Token ids, [B, L] int64.
         """
-        first, end = self.first[items], self.first[items + 1]
-        return self.tokens[first + ((end - first) * draws).long()].long()
+        return self.tokens[self.first[items] + self._choice(items, draws)].long()
+
+    def chosen(self, items: Tensor, draws: Tensor) -> list[str]:
+        """The texts of which `rows` gives the ids, for item numbers [B] and draws [B]."""
+        choices = self._choice(items, draws).tolist()
+        return [self.texts[item][choice] for item, choice in zip(items.tolist(), choices, strict=True)]
+
+    def _choice(self, items: Tensor, draws: Tensor) -> Tensor:
+        """Which caption of each item the draws choose, [B] int64."""
+        return ((self.first[items + 1] - self.first[items]) * draws).long()
 
 
 class WordVectors:

@@ -119,7 +119,8 @@ class Prompts(nn.Module):
 
     def prompt(self, tokens: Tensor, class_token: Tensor) -> Tensor:
         """Text tokens [B, L, E], each feature weighed by what the picture's class token [B, E] opens: [B, L, E]."""
-        return self.gate(class_token).softmax(dim=-1)[:, None] * tokens
+        gate: Tensor = self.gate(class_token).softmax(dim=-1)
+        return gate[:, None] * tokens
 
 
 def jeffreys_affinity(text: Tensor, caption: Tensor) -> Tensor:
