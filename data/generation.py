@@ -187,8 +187,8 @@ def open_bare_dataset(config: Config) -> PairedDataset:
     made = {"image_captions": [], "query_counterpart": "text_only"}
     if not made.keys() <= type(config.dataset).model_fields.keys():
         raise UserError(
-            f"data set {config.dataset.name} is of type {config.dataset.type}, which takes no image captions; choose one "
-            "of type mat"
+            f"data set {config.dataset.name} is of type {config.dataset.type}, which takes no image captions; "
+            "choose one of type mat"
         )
     cls: type[PairedDataset] = DATASETS.get(config.dataset.type)
     cls.ensure(config.dataset)

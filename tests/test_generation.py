@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
 
 
-def tokenizer(length: int) -> "transformers.PreTrainedTokenizerFast":
+def tokenizer(length: int) -> Any:
     """One token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -110,7 +112,7 @@ def make_stable_diffusion(folder: Path) -> Path:
     return folder
 
 
-def clip_tokenizer(folder: Path) -> "transformers.CLIPTokenizer":
+def clip_tokenizer(folder: Path) -> Any:
     """CLIP's class over a vocabulary of letters; unknown ones are the end of the text."""
     folder.mkdir()
     words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghij", "a</w>"]
@@ -155,7 +157,7 @@ def generated(diffusion: Path, blip: Path, root: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("make", [make_blip, make_vit_gpt2])
-def test_captions_of_a_data_set(make, tmp_path: Path, root: Path) -> None:
+def test_captions_of_a_data_set(make: Callable[[Path], Path], tmp_path: Path, root: Path) -> None:
     assert captioned(make(tmp_path / "model"), root) == 0
     data = datasets.opened(root)
     texts = [texts for texts in data.columns["train"]["image_caption"].captions.texts]  # type: ignore[attr-defined]
@@ -308,14 +310,21 @@ def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
 
 @pytest.mark.parametrize("package", ["transformers", "diffusers"])
 def test_packages_that_are_not_installed(
-    package: str, diffusion: Path, blip: Path, root: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    package: str,
+    diffusion: Path,
+    blip: Path,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     error = refused(capsys, generated(diffusion, blip, root))
     assert f"{package} cannot be imported" in error and "pip install -r requirements-generation.txt" in error
 
 
-def test_mistakes_are_one_line(diffusion: Path, blip: Path, root: Path, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_one_line(
+    diffusion: Path, blip: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "cannot be opened" in refused(capsys, captioned(diffusion, root))
     empty = tmp_path / "empty"
     empty.mkdir()

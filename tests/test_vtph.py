@@ -112,8 +112,12 @@ def test_worked_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model.banks.train_labels.copy_(multi_hot(6, 5))
 
     def codes(feature: float, global_hash: float, local_hash: float) -> ConceptCodes:
-        hashes = (0.9 * wave(start, 4, 8, DOUBLE) for start in (global_hash, local_hash))
-        return ConceptCodes(F.normalize(wave(feature, 4, 16, DOUBLE), dim=-1), *hashes, torch.empty(0))
+        return ConceptCodes(
+            F.normalize(wave(feature, 4, 16, DOUBLE), dim=-1),
+            0.9 * wave(global_hash, 4, 8, DOUBLE),
+            0.9 * wave(local_hash, 4, 8, DOUBLE),
+            torch.empty(0),
+        )
 
     image, text = codes(0.9, 0.5, 0.7), codes(1.0, 0.6, 0.8)
     pooled, caption, adapted = (wave(start, 4, 16, DOUBLE) for start in (1.1, 1.2, 1.3))
@@ -372,16 +376,16 @@ def test_constant_fields(root: Path) -> None:
     assert "image" not in augmented and "image_caption" in augmented
 
 
-CONFIG = commands.ROOT / "configs" / "VTPH" / "coco.yaml"
+def arguments(folder: Path, settings: list[str]) -> list[str]:
+    config = commands.ROOT / "configs" / "VTPH" / "coco.yaml"
+    return ["--config-file", str(config), "--save-dir", str(folder), *settings]
 
 
 def test_a_run_with_and_without_cache_marks_its_results(tmp_path: Path, tiny_overrides: list[str]) -> None:
     reports = []
     for cache in ("true", "false"):
         folder = tmp_path / cache
-        code, out, err = commands.run(
-            "--config-file", CONFIG, "--save-dir", folder, *tiny_overrides, f"model.cache_features={cache}"
-        )
+        code, out, err = commands.run(*arguments(folder, tiny_overrides), f"model.cache_features={cache}")
         assert code == 0, err
         assert "note: query texts are encoded alone, without a counterpart" in out
         assert ("keeping features of image, image_caption in memory; not of text" in err) == (cache == "true")
@@ -399,8 +403,10 @@ def test_generated_counterparts_are_used(tmp_path: Path, tiny_overrides: list[st
         datasets.smooth_picture(number, 40, 40).save(folder / f"{number}.png")
     (folder / "captions.txt").write_text("".join(f"thing {number}\n" for number in range(8)))
     code, out, err = commands.run(
-        *("--config-file", CONFIG, "--save-dir", tmp_path / "run", *tiny_overrides, "run.epochs=1"),
-        *("dataset.query_counterpart=generated", f"dataset.counterpart_images={folder}"),
+        *arguments(tmp_path / "run", tiny_overrides),
+        "run.epochs=1",
+        "dataset.query_counterpart=generated",
+        f"dataset.counterpart_images={folder}",
         f"dataset.counterpart_captions={folder / 'captions.txt'}",
     )
     assert code == 0, err
@@ -408,9 +414,7 @@ def test_generated_counterparts_are_used(tmp_path: Path, tiny_overrides: list[st
 
 
 def test_missing_image_captions_are_named(tmp_path: Path, tiny_overrides: list[str]) -> None:
-    error = commands.refused(
-        *("--config-file", CONFIG, "--save-dir", tmp_path / "run", *tiny_overrides, "dataset.image_captions=[none.mat]")
-    )
+    error = commands.refused(*arguments(tmp_path / "run", tiny_overrides), "dataset.image_captions=[none.mat]")
     assert "no 'image_caption' for the train split; put one of none.mat into" in error
     assert "make_image_captions.py" in error
 
@@ -418,7 +422,7 @@ def test_missing_image_captions_are_named(tmp_path: Path, tiny_overrides: list[s
 def test_image_captions_of_another_length_are_named(tmp_path: Path, tiny_overrides: list[str]) -> None:
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     error = commands.refused(
-        *("--config-file", CONFIG, "--save-dir", tmp_path / "run", *tiny_overrides),
+        *arguments(tmp_path / "run", tiny_overrides),
         f"dataset.image_captions=[{tmp_path / 'few.txt'}]",
     )
     assert "few.txt has 2 items; they must list the same pairs" in error
@@ -426,7 +430,7 @@ def test_image_captions_of_another_length_are_named(tmp_path: Path, tiny_overrid
 
 def test_generated_counterparts_without_files_are_refused(tmp_path: Path, tiny_overrides: list[str]) -> None:
     error = commands.refused(
-        *("--config-file", CONFIG, "--save-dir", tmp_path / "run", *tiny_overrides),
+        *arguments(tmp_path / "run", tiny_overrides),
         "dataset.query_counterpart=generated",
     )
     assert "set query_counterpart=text_only" in error
