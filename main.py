@@ -5,6 +5,7 @@ This file parses the command line, builds the runner and runs it; README.md show
 
 import argparse
 import importlib.util
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -64,9 +65,9 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
     flags = {
         "save_dir": options.save_dir,
         "device": options.device,
-        "distribute": "true" if options.distribute else None,
+        "distribute": options.distribute or None,
     }
-    return options.overrides + [f"run.{key}={value}" for key, value in flags.items() if value is not None]
+    return options.overrides + [f"run.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
 
 
 def read_config(options: argparse.Namespace) -> Config:
@@ -123,9 +124,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line, by default that of the process; returns the exit code: 0, 2 for the user's mistakes, 75 or 130 when it can go on."""
+    """Runs a command line, by default that of the process.
+
+    Returns:
+        The exit code: 0, 2 for the user's mistakes, 75 or 130 when the run can go on, 1 for a defect.
+    """
     setup_logging()
     try:
+        launch.meet()
         return run(parse_arguments(arguments))
     except UserError as error:
         if launch.first_to_fail():
@@ -136,14 +142,18 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stderr.write(f"{stop}\n")
         return stop.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted before training began; run the same command again\n")
+        if launch.first_to_fail():
+            sys.stderr.write("interrupted before training began; run the same command again\n")
         return 130
     except Exception as error:
         if "DataLoader worker" in str(error):  # torch notices a killed worker wherever the main process stands
             sys.stderr.write("error: a loader process was killed, probably for lack of memory; lower run.workers\n")
             return 2
         if launch.first_to_fail():
-            traceback.print_exc()
+            if launch.lost_peer(error):
+                sys.stderr.write("error: another process of the group is gone; go on with --resume\n")
+            else:
+                traceback.print_exc()
         return 1
     finally:
         launch.leave()
