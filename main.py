@@ -14,6 +14,7 @@ from common.checkpoint import load
 from common.config import Config, build_config, flatten, has_section, load_config
 from common.errors import UserError
 from common.registry import DATASETS, MODELS, RUNNERS
+from dataset.check import check_data
 from runners.evaluation import evaluate_file
 from runners.sweep import Sweep
 from utils import launch
@@ -36,6 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
                         help="Python file that registers a method, runner or data set of your own")  # fmt: skip
+    parser.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")
     parser.add_argument("--list", action="store_true", help="list methods, runners and data sets")
     parser.add_argument("--print-config", action="store_true", help="print every value and where it came from")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.bits=64 run.epochs=10")
@@ -99,6 +101,9 @@ def run(options: argparse.Namespace) -> int:
         import_file(path)
     if options.list:
         say(list_registered())
+        return 0
+    if options.check_data is not None:
+        check_data(options.check_data, options.overrides, None if options.save_dir is None else Path(options.save_dir))
         return 0
     sweep = None
     if options.config_file is not None and has_section(options.config_file, "sweep"):

@@ -201,6 +201,31 @@ def load_section(path: str | Path, name: str, schema: type[SectionT], overrides:
     return cast(SectionT, section)
 
 
+def load_dataset(path: str | Path, overrides: list[str]) -> Any:
+    """Reads the `dataset:` section of a YAML file, with or without the other sections.
+
+    Args:
+        path: The YAML file, e.g. configs/datasets/coco.yaml.
+        overrides: Entries `dataset.key=value`.
+
+    Returns:
+        The checked section, of the class that the data set declares.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    others = [entry for entry in overrides if not entry.startswith("dataset.")]
+    if others:
+        raise UserError(f"{others[0]!r} on the command line: only dataset.key=value has a meaning here; leave it out")
+    origins: dict[str, str] = {}
+    tree = _apply_overrides(_read_layers(Path(path), origins, ()), origins, overrides)
+    errors: list[str] = []
+    section = _check_section("dataset", tree.get("dataset", {}), origins, errors)
+    if errors:
+        raise UserError(_joined(errors))
+    return section
+
+
 def has_section(path: str | Path, name: str) -> bool:
     """Whether a YAML file, or a parent of it, has a section of that name."""
     return name in _read_layers(Path(path), {}, ())

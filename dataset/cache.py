@@ -14,10 +14,8 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +30,7 @@ from dataset.pictures import Pictures
 from dataset.transforms import View, crop_boxes, cropped_box, flips
 from utils.files import FolderLock, atomic, make_folder, sync_folder
 from utils.logging import progress
+from utils.threads import in_threads
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +38,6 @@ PIXELS, INDEX, PLAN, DONE = "pictures.bin", "index.npz", "plan.npz", "done.bin"
 PART = 64  # pictures written between two entries of `done.bin`
 _LAYOUT = "1"  # of the files; another one makes older caches anew
 _PARTS_A_SYNC = 64  # parts between two waits for the disk
-_TASKS = 4096  # handed to the threads at a time
-Result = TypeVar("Result")
 
 
 class CachedPictures(Pictures):
@@ -174,7 +171,7 @@ def _build(pictures: Pictures, folder: Path, name: str, stored_size: int, stamp:
         for old in (INDEX, PLAN, DONE, PIXELS):  # in this order: what vouches for a file goes before the file
             (folder / old).unlink(missing_ok=True)
             sync_folder(folder)
-        found = _in_threads(pictures.size, range(len(pictures)))
+        found = in_threads(pictures.size, range(len(pictures)))
         source = np.array(list(progress(found, total=len(pictures), desc="sizes", unit="picture")), np.int64)
         sizes = np.concatenate([stored_sizes(source, stored_size), source], axis=1)
         with atomic(folder / PLAN) as temporary, open(temporary, "wb") as file:
@@ -226,7 +223,7 @@ def _write_parts(pictures: Pictures, sizes: npt.NDArray[np.int64], folder: Path,
         with progress(total=len(sizes), initial=before, desc="picture cache", unit="picture") as bar:
             for start in range(0, len(open_parts), _PARTS_A_SYNC):
                 group = open_parts[start : start + _PARTS_A_SYNC]
-                for count in _in_threads(write, group):
+                for count in in_threads(write, group):
                     bar.update(count)
                 os.fdatasync(handle)
                 _write_all(listed, np.array(group, "<u4").tobytes(), None)
@@ -243,16 +240,6 @@ def _write_all(handle: int, content: bytes, place: int | None) -> None:
         written = os.write(handle, view) if place is None else os.pwrite(handle, view, place)
         view = view[written:]
         place = None if place is None else place + written
-
-
-def _in_threads(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:
-    """Results in the order of the numbers. After an error, what has not begun is not begun."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    try:
-        for start in range(0, len(numbers), _TASKS):
-            yield from pool.map(function, numbers[start : start + _TASKS])
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _require_room(folder: Path, name: str, count: int, total: int) -> None:
