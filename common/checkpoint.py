@@ -131,6 +131,14 @@ class Checkpoints:
         """The files, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
 
+    def path_of(self, step: int) -> Path:
+        """The file with the state after `step` steps."""
+        return self.folder / f"step-{step:08d}.pt"
+
+    def step_of(self, path: Path) -> int:
+        """Steps taken at a file of `paths`."""
+        return int(path.stem.removeprefix("step-"))
+
     def save(
         self,
         step: int,
@@ -142,7 +150,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".step-*.part"):  # of a process killed while writing
             part.unlink()
-        path = self.folder / f"step-{step:08d}.pt"
+        path = self.path_of(step)
         save(path, meta, model, optimizers)
         for old in self.paths()[: -self.keep]:
             old.unlink()

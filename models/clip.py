@@ -292,8 +292,8 @@ class CLIP(nn.Module):
         size = -(-len(rows) // self.parts)
         if size == len(rows) or not torch.is_grad_enabled():  # no rows are one part, too
             return tower(rows, mask)
-        parts = rows.split(size)
-        masks = [None] * len(parts) if mask is None else mask.split(size)
+        parts = torch.split(rows, size)
+        masks = [None] * len(parts) if mask is None else torch.split(mask, size)
         features = [
             checkpoint(tower, part, hidden, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
             for part, hidden in zip(parts, masks, strict=True)

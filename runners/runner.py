@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
 from common.config import Config
@@ -28,11 +27,12 @@ from runners.setup import (
     check_groups,
     check_resumable,
     claim_folder,
+    newest_checkpoint,
     open_dataset,
     split_backbone,
     training_loader,
 )
-from utils.distributed import any_process, barrier, is_main, world_size
+from utils.distributed import any_process, barrier, data_parallel, is_main
 from utils.files import write_json, write_text
 from utils.launch import pick_device
 from utils.logging import Record, progress, say
@@ -83,7 +83,7 @@ class Runner:
         if is_main():
             self.lock = claim_folder(self.folder, resume)
         barrier()
-        loaded = self.checkpoints.newest() if resume else None
+        loaded = newest_checkpoint(self.checkpoints) if resume else None
         self.dataset = open_dataset(self.config)
         if loaded is not None:
             check_resumable(loaded, self.config, self.dataset)
@@ -164,9 +164,7 @@ class Runner:
 
     def _wrap(self, model: HashingModel) -> torch.nn.Module:
         """The model as a step calls it: over all processes, and compiled, where the config says so."""
-        module: torch.nn.Module = model
-        if world_size() > 1:  # banks are written alike on every process, so buffers need not be broadcast
-            module = DistributedDataParallel(model, broadcast_buffers=False)
+        module = data_parallel(model)
         return cast(torch.nn.Module, torch.compile(module)) if self.config.run.compile else module
 
     def _log_step(self, output: StepOutput) -> None:
@@ -181,7 +179,7 @@ class Runner:
                 f"{kept[-1] if kept else 'none yet'}; lower optim.*.lr, or set run.precision=float32, and start anew"
             )
         if self.record is not None:
-            self.record.write("step", self.state.step, named)
+            self.record.write("step", self.state.step + 1, named)  # counted when it is taken
         self.bar.set_postfix_str(f"loss {named['loss']:.4f}", refresh=False)
 
     def _save_if_due(self) -> None:

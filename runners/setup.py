@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checkpoint import Checkpoint, require_same
+from common.checkpoint import Checkpoint, Checkpoints, load, require_same
 from common.config import FREE_KEYS, Config, flatten
 from common.errors import UserError
 from common.registry import DATASETS, MODELS
@@ -19,7 +19,7 @@ from models.base import ClipModelConfig, HashingModel
 from models.clip import CLIP
 from models.clip_weights import shape_of
 from runners.backbone import find_backbone
-from utils.distributed import barrier, is_main
+from utils.distributed import barrier, from_main, is_main, rank
 from utils.files import FolderLock, make_folder
 from utils.logging import progress
 
@@ -73,6 +73,26 @@ def open_dataset(config: Config) -> PairedDataset:
         splits.fingerprint,
     )
     return dataset
+
+
+def newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
+    """The newest readable checkpoint as the first process finds it, on every process; None if there is none.
+
+    Raises:
+        UserError: If another process cannot read it.
+    """
+    newest = checkpoints.newest() if is_main() else None
+    step = from_main(-1 if newest is None else checkpoints.step_of(newest.path))
+    if is_main() or step < 0:
+        return newest
+    path = checkpoints.path_of(step)
+    try:
+        return load(path)
+    except UserError:
+        raise UserError(
+            f"{path}, where the first process goes on, cannot be read by process {rank()}; --save-dir must name a "
+            "folder that all machines share"
+        ) from None
 
 
 def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) -> None:

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from common.config import read_yaml
 from common.registry import MODELS
 from common.types import Backbone, Batch, ClipShape, DataInfo, Progress
 from models.base import HashingModel
 from tests.processes import run_processes
-from utils.distributed import rank, world_size
+from utils.distributed import data_parallel, rank, world_size
 
 SHAPE = ClipShape(
     embed_dim=64,
@@ -107,7 +106,7 @@ def train_steps(method: str, cache_dir: str, batches: list[list[int]], overrides
     """
     model = build(method, cache_dir, **overrides)
     model.train()
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    wrapped = data_parallel(model)
     parameters = [p for groups in model.param_groups().values() for group in groups.values() for p in group]
     optimizer = torch.optim.SGD(parameters, lr=1e-4)
     split, losses = rows_of().only(model.fields), []

@@ -1,10 +1,13 @@
 """The border between one process and many. On one process everything here is the identity."""
 
+import inspect
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
@@ -23,13 +26,17 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and talks to the terminal."""
-    return rank() == 0
+    """Whether this process writes files and talks to the terminal; known before the processes have joined."""
+    return rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
-def from_main(flag: bool) -> bool:
-    """The first process's `flag`, on every process."""
-    return any_process(flag and is_main())
+def from_main(number: int) -> int:
+    """The first process's number, on every process."""
+    if world_size() == 1:
+        return number
+    shared = torch.tensor([number], device=_device_of_messages())
+    dist.broadcast(shared, src=0)
+    return int(shared.item())
 
 
 def barrier() -> None:
@@ -79,11 +86,28 @@ class _GatherRows(torch.autograd.Function):
         return gradient[ctx.start : ctx.stop]  # type: ignore[attr-defined]
 
 
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over all processes.
+
+    Buffers are not sent around in every step: banks are written alike on every process.
+    """
+    if world_size() == 1:
+        return module
+    option = "forward_sync_buffers"  # its name from PyTorch 2.13 on
+    if option not in inspect.signature(DistributedDataParallel).parameters:
+        option = "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    return DistributedDataParallel(module, **options)
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true on any process; the same answer on all."""
     if world_size() == 1:
         return flag
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    votes = torch.tensor([flag], dtype=torch.int32, device=device)
+    votes = torch.tensor([flag], dtype=torch.int32, device=_device_of_messages())
     dist.all_reduce(votes)
     return bool(votes.item())
+
+
+def _device_of_messages() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

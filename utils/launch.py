@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,9 +16,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
-from utils.distributed import local_rank, world_size
+from utils.distributed import local_rank
 
 _GRACE = 5.0  # seconds that processes have to end by themselves once one has failed
+_FAILED = "failed"  # the store's key for the rank that failed first
 _store: Any = None  # the group's key-value store, shared by all processes
 
 
@@ -56,7 +56,7 @@ def pick_device(name: str, distribute: bool) -> torch.device:
         UserError: If it is not there, or `name` lists several and the run is not distributed.
     """
     found = devices(name)
-    if world_size() > 1:
+    if in_group():
         if found[0].type == "cpu":
             return found[0]
         if local_rank() >= len(found):
@@ -91,28 +91,60 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def join(device_name: str) -> None:
-    """Joins the process group that the launcher's environment describes.
+def meet() -> None:
+    """Connects to the key-value store of the group that the launcher's environment describes, if there is a launcher.
+
+    Done before anything that can fail, so that of several processes the first to fail can say so, once.
 
     Raises:
         UserError: If the group's address is in use or nobody answers there.
     """
     global _store
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    device = devices(device_name)[0]
+    if not in_group():
+        return
+    _end_with_parent()
     try:
-        _store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
-        if device.type == "cuda":
-            torch.cuda.set_device(devices(device_name)[local_rank()])
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _cannot_meet(error) from None
+    _store = _of_this_attempt(store)
+
+
+def join(device_name: str) -> None:
+    """Joins the process group, after `meet`.
+
+    Args:
+        device_name: `run.device`.
+
+    Raises:
+        UserError: If the processes cannot connect to each other, or have fewer devices than there are processes.
+    """
+    device = pick_device(device_name, distribute=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
         dist.init_process_group(
-            backend, store=PrefixStore("group", _store), rank=rank, world_size=size, timeout=timedelta(minutes=30)
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("group", _store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(minutes=30),
         )
     except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"processes cannot meet at {address} ({reason}); give all of them the same free MASTER_ADDR and MASTER_PORT"
-        ) from None
+        raise _cannot_meet(error) from None
+
+
+def _cannot_meet(error: Exception) -> UserError:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return UserError(
+        f"processes cannot meet at {address} ({' '.join(str(error).split())[:160]}); "
+        "give all of them the same free MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def _of_this_attempt(store: Any) -> Any:
+    """The part of a store that processes of an earlier attempt, which torchrun has ended, have not written to."""
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def leave() -> None:
@@ -127,9 +159,14 @@ def first_to_fail() -> bool:
         return os.environ.get("RANK", "0") == "0"
     me = os.environ["RANK"]
     try:
-        return bool(_store.compare_set("failed", "", me).decode() == me)
+        return bool(_store.compare_set(_FAILED, "", me).decode() == me)
     except (RuntimeError, ValueError):  # the store's process is gone, so it failed before
         return False
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether an error says no more than that another process of the group is gone."""
+    return _store is not None and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def launch(count: int) -> int:
@@ -141,42 +178,61 @@ def launch(count: int) -> int:
         count: Number of processes.
 
     Returns:
-        The exit code of the first process that failed; 0 if none did.
+        The exit code of the process that failed first, 128 + n after signal n; 0 if none did.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # The store lives here, as torchrun's does in its agent: it outlives every process, and its port is surely free.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, *sys.argv],
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads},
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches them once, through this process
             preexec_fn=_end_with_parent,
         )
         for rank in range(count)
     ]
+    passed_on: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         for process in processes:
             process.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [code for code in codes if code]
-        if failed or all(code == 0 for code in codes):
-            break
+    while not any(process.poll() for process in processes):
+        if all(process.returncode == 0 for process in processes):
+            return 0
         time.sleep(0.1)
+    failed = next(rank for rank, process in enumerate(processes) if process.returncode)
+    _end(processes)
+    told = _of_this_attempt(store)
+    said = told.check([_FAILED])
+    code = processes[int(told.get(_FAILED)) if said else failed].returncode
+    if not said and -code not in passed_on:
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        sys.stderr.write(
+            f"error: process {failed} of {count} was {how}; go on from the newest checkpoint with --resume\n"
+        )
+    return code if code > 0 else 128 - code
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Waits for processes that have no reason to go on, and kills those that do not end by themselves."""
     deadline = time.monotonic() + _GRACE
-    while failed and any(process.poll() is None for process in processes):
+    while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.1)
-    return (failed[0] if failed[0] > 0 else 128 - failed[0]) if failed else 0
 
 
 def _end_with_parent() -> None:

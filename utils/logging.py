@@ -57,13 +57,15 @@ class Record:
 
     Args:
         folder: The run's folder; `log.jsonl` and TensorBoard's events go there.
-        upto: Lines of an earlier part of the run with a larger `step` are dropped: they are run again.
+        upto: Steps taken at the checkpoint that the run goes on from. Of an earlier part of the run, lines of later
+            steps and of evaluations after it are dropped: both come again.
     """
 
     def __init__(self, folder: Path, upto: int) -> None:
         self._path = folder / "log.jsonl"
         if self._path.exists():
-            write_text(self._path, "".join(f"{line}\n" for line in self._lines() if json.loads(line)["step"] <= upto))
+            kept = (line for line in self._lines() if _is_before(json.loads(line), upto))
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self._board: Any = None
         try:
@@ -91,3 +93,9 @@ class Record:
         """Whole lines; a process killed while writing leaves a part of one at the end."""
         lines = self._path.read_text(encoding="utf-8").split("\n")
         return [line for line in lines[:-1] if line]
+
+
+def _is_before(event: Mapping[str, Any], upto: int) -> bool:
+    """Whether an event precedes the checkpoint after `upto` steps; an evaluation follows the checkpoint of its step."""
+    known: bool = event["step"] < upto or (event["step"] == upto and event["event"] != "evaluation")
+    return known

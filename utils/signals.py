@@ -24,7 +24,10 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """Context in which the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual."""
+    """Context in which SIGTERM and the first SIGINT only set `requested`; a second SIGINT acts as usual.
+
+    SIGTERM may come several times: a scheduler sends it to every process, and launchers pass on theirs.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -45,4 +48,5 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self.signal = signal.Signals(number)
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
