@@ -145,7 +145,9 @@ def cached_pictures(pictures: Pictures, folder: Path, name: str, stored_size: in
                 sizes = _build(pictures, folder, name, stored_size, stamp)
         finally:
             lock.release()
-    return CachedPictures(folder / PIXELS, sizes)
+    cached = CachedPictures(folder / PIXELS, sizes)
+    cached.view(0, View.SQUASHED, 1, None)  # maps the file and compiles, so that worker processes inherit both
+    return cached
 
 
 def stored_sizes(sizes: npt.NDArray[np.int64], stored_size: int) -> npt.NDArray[np.int64]:

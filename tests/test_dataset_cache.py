@@ -27,6 +27,7 @@ from dataset.loader import build_loader
 from dataset.pictures import JoinedPictures, PictureArray, PictureFiles
 from dataset.transforms import CROP_DRAWS, STD, View, view_pixels
 from tests import datasets
+from tests.processes import run_processes
 
 STORED = 24
 SIZES = [(40, 30), (30, 40), (24, 24), (90, 25), (20, 12), (1, 7), (33, 33)]
@@ -169,6 +170,21 @@ def test_loaders_give_the_same_rows_with_and_without_cache(augment: bool, oblong
             held = rows_of(stored, kind="memory", epoch=epoch)
             assert ((held["image"] - found["image"]) * levels).abs().max() <= 1.01
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def epoch_of(root: str, folder: str) -> Any:
+    data = datasets.opened(Path(root), augment=True, image_size=48, stored_size=56, cache=folder)
+    return rows_of(data, epoch=0)
+
+
+def test_processes_of_a_group_share_a_cache_and_what_one_process_has(oblong: Path, tmp_path: Path) -> None:
+    shares = run_processes(epoch_of, 2, str(oblong), str(tmp_path / "shared"))
+    whole = epoch_of(str(oblong), str(tmp_path / "own"))
+    place = {int(row): at for at, row in enumerate(whole["index"])}
+    assert sorted(torch.cat([share["index"] for share in shares]).tolist()) == sorted(place)
+    for share in shares:
+        assert torch.equal(share["image"], whole["image"][[place[int(row)] for row in share["index"]]])
+    assert contents(tmp_path / "shared") == contents(tmp_path / "own")
 
 
 def test_no_cache_is_built_for_texts(oblong: Path, tmp_path: Path) -> None:
