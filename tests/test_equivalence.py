@@ -19,8 +19,12 @@ from utils.distributed import is_main
 # 20 steps; shares of 9 rows are uneven for 2 processes, and the last batch of an epoch has 1 row, fewer than processes
 SCHEDULE = ["run.batch_size=9", "run.epochs=4", "evaluate.every=4"]
 
-# UMoED's mined triplets multiply rounding by ten a step at its own learning rates, which says nothing about processes.
-SETTINGS = {"UMoED": ["model.layers=2", "model.feed_forward_width=128", "optim.main.lr={backbone: 1e-6, head: 1e-5}"]}
+# Learning rates at which rounding stays rounding: UMoED's mined triplets multiply it by ten a step at its own, and Adam
+# turns that of a gradient which is zero (a bias before batch normalisation) into steps.
+SETTINGS = {
+    "TwDH": ["optim.main.lr={backbone: 1e-6, head: 1e-4}"],
+    "UMoED": ["optim.main.lr={backbone: 1e-6, head: 1e-5}", "model.layers=2", "model.feed_forward_width=128"],
+}
 
 
 def config_of(method: str, folder: Path, overrides: list[str]) -> Config:
@@ -54,11 +58,11 @@ def losses(folder: Path) -> list[float]:
 
 
 def driven(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A state's entry without biases of attention keys: softmax cancels them, so rounding alone drives their Adam."""
+    """A state's entry without biases of attention keys: softmax cancels them, so only rounding drives their Adam."""
+    value = value.double()
     if name.endswith("in_proj_bias"):
-        value = value.clone()
         value[len(value) // 3 : 2 * len(value) // 3] = 0
-    return value.double()
+    return value
 
 
 def errors_against_one(

@@ -78,11 +78,14 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._handle = os.open(folder, os.O_RDONLY)
+        self._handle: int | None = os.open(folder, os.O_RDONLY)
+        os.register_at_fork(after_in_child=self.release)  # a loader process may outlive a killed run by seconds
         self._close = weakref.finalize(self, os.close, self._handle)
 
     def acquire(self, wait: bool) -> bool:
         """Takes the lock; without `wait`, returns False at once if another process holds it."""
+        if self._handle is None:
+            raise ValueError(f"the lock of {self.folder} was given back")
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

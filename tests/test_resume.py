@@ -1,0 +1,135 @@
+"""A run that was stopped and goes on: the weights of one that never stopped, to the last bit."""
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import Config
+from common.errors import UserError
+from runners.runner import Runner
+from tests.commands import finish, start
+from tests.processes import run_processes
+from tests.test_equivalence import SCHEDULE, config_of, losses, train
+from tests.test_runner import arguments, assert_same_state, final_state, wait_for_step
+from utils.distributed import is_main
+
+METHOD = "MITH"  # it has memory banks
+OFTEN = ["run.checkpoint_every=2", "run.loader=workers"]
+STOP = 8  # in the middle of the second epoch of 5 steps
+
+
+class StoppedError(Exception):
+    """An error that has nothing to do with the run."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Path:
+    """A run that never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(METHOD, folder, [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=0"])
+    return folder
+
+
+def stopped_run(folder: Path, overrides: list[str]) -> None:
+    """A run that an exception ends after eight steps."""
+    runner = Runner(config_of(METHOD, folder, [*overrides, *SCHEDULE, *OFTEN, "run.workers=2"]))
+    runner.setup()
+    save = runner._save_if_due
+
+    def save_and_stop() -> None:
+        save()
+        if runner.state.step == STOP:
+            raise StoppedError
+
+    runner._save_if_due = save_and_stop  # type: ignore[method-assign]
+    with pytest.raises(StoppedError):
+        runner.run()
+    runner.lock.release()
+
+
+def go_on(config: Config) -> dict[str, torch.Tensor]:
+    runner = Runner(config)
+    runner.setup(resume=True)
+    runner.run()
+    if is_main():
+        runner.lock.release()
+    return runner.model.state_dict()
+
+
+def test_after_an_exception_with_other_workers(whole: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    stopped_run(tmp_path, tiny_overrides)
+    state = go_on(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=1"]))
+    assert_same_state(final_state(whole), state)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    whole: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped_run(tmp_path, tiny_overrides)
+    newest = tmp_path / "checkpoints" / f"step-{STOP:08d}.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        state = go_on(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=0"]))
+    assert newest.name in caplog.text and "going back to the one before" in caplog.text
+    assert_same_state(final_state(whole), state)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_other_settings_are_refused_with_every_key(tiny_overrides: list[str], tmp_path: Path) -> None:
+    stopped_run(tmp_path, tiny_overrides)
+    changed = ["run.batch_size=10", "model.top_k=3", "run.workers=0", "run.keep_checkpoints=5"]
+    runner = Runner(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, *changed]))
+    with pytest.raises(UserError) as error:
+        runner.setup(resume=True)
+    runner.lock.release()
+    for part in ("model.top_k: 8 there, 3 now", "run.batch_size: 9 there, 10 now", "--save-dir"):
+        assert part in str(error.value)
+    assert "workers" not in str(error.value) and "keep" not in str(error.value)
+
+
+def go_on_together(folder: str, overrides: list[str]) -> dict[str, torch.Tensor]:
+    return go_on(config_of(METHOD, Path(folder), [*overrides, *SCHEDULE, *OFTEN, "run.workers=0"]))
+
+
+def test_another_number_of_processes_goes_on_to_rounding(
+    whole: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    stopped_run(tmp_path, tiny_overrides)
+    wanted = final_state(whole)
+    for state in run_processes(go_on_together, 2, str(tmp_path), tiny_overrides):
+        for name, value in state.items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """SIGKILL while starting, training, evaluating and writing; resumed each time."""
+    settings = [*tiny_overrides, "run.checkpoint_every=1", "run.epochs=12"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = start(*arguments(METHOD, whole, settings))
+    generator = np.random.default_rng(2)
+    for _ in range(20):
+        done = len((killed / "log.jsonl").read_text().splitlines()) if (killed / "log.jsonl").exists() else 0
+        process = start(*arguments(METHOD, killed, settings, "--resume"))
+        if generator.random() < 0.2:
+            time.sleep(float(generator.uniform(0, 6)))  # most likely before training begins
+        else:
+            wait_for_step(killed, done + 1, process)
+            time.sleep(float(generator.uniform(0, 0.3)))
+        process.kill()
+        process.communicate()
+    code, _, err = finish(start(*arguments(METHOD, killed, settings, "--resume")))
+    assert code == 0, err
+    assert finish(undisturbed)[0] == 0
+    assert_same_state(final_state(whole), final_state(killed))
+    assert (whole / "log.jsonl").read_text() == (killed / "log.jsonl").read_text()
+    assert (whole / "results.json").read_text() == (killed / "results.json").read_text()
+    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*") if "tensorboard" not in path.parts}
+             for folder in (whole, killed)]  # fmt: skip
+    assert names[0] == names[1]
