@@ -1,5 +1,6 @@
 """The picture cache: the same pictures, whatever happens while it is built."""
 
+import gc
 import io
 import logging
 import os
@@ -64,9 +65,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def in_child(work: Callable[[], object]) -> int:
     """Runs something in a forked process with silent output, and returns its number at once."""
+    gc.collect()
     child = os.fork()
     if child:
         return child
+    gc.disable()  # loaders of other tests share locks with their workers: a child killed while ending them keeps one
     code = 1
     try:
         tqdm.set_lock(threading.RLock())  # tqdm's own is shared with this process, and would die locked
