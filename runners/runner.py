@@ -137,7 +137,7 @@ class Runner:
             self._log_step(output)  # refuses a loss that is not finite before it reaches the weights
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()  # type: ignore[no-untyped-call]
+            output.loss.backward()
             for optimizer in self.optimizers.values():
                 optimizer.step()
             self.state.step += 1

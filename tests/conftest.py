@@ -7,7 +7,6 @@ import torch
 
 from tests import tiny_data
 
-
 torch.set_num_threads(1)  # sums have one order in this process and in those that tests start
 
 

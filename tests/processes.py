@@ -29,8 +29,8 @@ def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> 
         ProcessRaisedException: With the traceback of the first process that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        start = mp.start_processes  # type: ignore[attr-defined]  # public, but not exported
-        start(_run, (count, folder, function, arguments), nprocs=count, start_method="forkserver")  # type: ignore[no-untyped-call]
+        start = mp.start_processes  # public, but not exported
+        start(_run, (count, folder, function, arguments), nprocs=count, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
 
 

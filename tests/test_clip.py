@@ -245,7 +245,7 @@ def loss_and_gradients(model: CLIP, parts: int, rows: int) -> tuple[list[Tensor]
         features = [model.image_features(image), model.image_tokens(image), model.text_features(ids), pooled, tokens]
         mean = torch.stack([part.flatten(1).mean(1) for part in features], dim=1)
         loss = (mean @ mean.T).exp().mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     model.parts = 1
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return [loss, *features], gradients, sum(size for pointer, size in kept.items() if pointer not in own)

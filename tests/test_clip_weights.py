@@ -117,7 +117,7 @@ class Archive(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def write_archive(path: Path, module: nn.Module, traced: bool) -> None:
-    program = torch.jit.trace(module, torch.ones(2)) if traced else torch.jit.script(module)  # type: ignore[no-untyped-call]
+    program = torch.jit.trace(module, torch.ones(2)) if traced else torch.jit.script(module)
     program.save(str(path))
 
 

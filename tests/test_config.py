@@ -52,7 +52,16 @@ def test_lists_replace_and_sections_merge(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("-3", -3), ("010", 10), ("true", True), ("no", "no"), ("off", "off"), ("~", None)],
+    [
+        ("1e-5", 1e-5),
+        ("1.0e-5", 1e-5),
+        ("-3", -3),
+        ("010", 10),
+        ("true", True),
+        ("no", "no"),
+        ("off", "off"),
+        ("~", None),
+    ],
 )
 def test_plain_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     read = read_yaml(f"key: {text}", "a test")["key"]

@@ -1,11 +1,15 @@
 """Rows of all processes: values, gradients, uneven shares, votes."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.processes import run_processes
-from utils.distributed import any_process, from_main, gather_rows, rank, world_size
+from utils.distributed import _GatherRows, any_process, from_main, gather_rows, rank, world_size
 
 ROWS = 5
 
@@ -41,10 +45,26 @@ def test_processes_see_the_loss_and_gradients_of_one(count: int) -> None:
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), rows.grad, rtol=1e-5, atol=1e-7)
 
 
-def votes() -> tuple[bool, bool, bool]:
+def votes() -> tuple[bool, bool, bool | int]:
     return any_process(rank() == 1), any_process(False), from_main(rank() == 0)
 
 
 def test_votes_are_the_same_everywhere() -> None:
     assert run_processes(votes, 2) == [(True, False, True)] * 2
     assert votes() == (False, False, True)
+
+
+@pytest.mark.gpu
+def test_gathering_over_nccl(tmp_path: Path) -> None:
+    """One process on one GPU: the collectives run, values and gradients stay."""
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        rows, copy = table().cuda().requires_grad_(), table().cuda().requires_grad_()
+        pairwise_loss(copy.sin()).backward()
+        wrapped = DistributedDataParallel(torch.nn.Linear(3, 3).cuda())
+        assert wrapped(_GatherRows.apply(rows)).shape == (ROWS, 3)
+        pairwise_loss(_GatherRows.apply(rows.sin())).backward()
+        torch.testing.assert_close(rows.grad, copy.grad)
+    finally:
+        dist.destroy_process_group()

@@ -124,3 +124,15 @@ def test_accumulating_without_a_clip_to_train_is_refused(tiny_overrides: list[st
 def test_compiling_moves_the_loss_by_rounding(alone: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     train("DSPH", tmp_path, [*tiny_overrides, *SCHEDULE, "run.compile=true"])
     assert losses(tmp_path) == pytest.approx(losses(alone / "DSPH"), rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-2), ("bf16", 5e-2)])
+def test_a_gpu_trains_as_the_cpu(
+    precision: str, tolerance: float, alone: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Pictures held on the GPU, cropped and normalised there; autocast."""
+    settings = [*tiny_overrides, *SCHEDULE, "run.device=cuda", f"run.precision={precision}"]
+    runner = train("DSPH", tmp_path, settings)
+    assert all(parameter.is_cuda and parameter.dtype == torch.float32 for parameter in runner.model.parameters())
+    assert losses(tmp_path) == pytest.approx(losses(alone / "DSPH"), rel=tolerance)

@@ -160,7 +160,7 @@ def generated(diffusion: Path, blip: Path, root: Path, *more: str) -> int:
 def test_captions_of_a_data_set(make: Callable[[Path], Path], tmp_path: Path, root: Path) -> None:
     assert captioned(make(tmp_path / "model"), root) == 0
     data = datasets.opened(root)
-    texts = [texts for texts in data.columns["train"]["image_caption"].captions.texts]  # type: ignore[attr-defined]
+    texts = [texts for texts in data.columns["train"]["image_caption"].captions.texts]
     assert len(texts) == datasets.ITEMS and all(len(text) == 1 for text in texts)
     assert sorted(path.name for path in root.iterdir()) == [
         "caption.mat",
@@ -222,7 +222,7 @@ def test_pictures_for_queries_and_their_captions(diffusion: Path, blip: Path, ro
         counterpart_images=str(folder),
         counterpart_captions=str(folder / "captions.txt"),
     )
-    number = int(data.columns["query"]["counterpart_image"].numbers[5])  # type: ignore[attr-defined]
+    number = int(data.columns["query"]["counterpart_image"].numbers[5])
     assert data.pictures.read(number).size == (32, 32)
     names = {"source.json", "captions.txt", *(f"{number}.png" for number in range(1, 7))}
     assert {path.name for path in folder.iterdir()} == names

@@ -150,7 +150,8 @@ def toy(tmp_path: Path) -> list[str]:
             base: [{ROOT}/configs/base.yaml, {ROOT}/configs/datasets/coco.yaml]
             model: {{name: Toy, bits: 16, margin: 0.5}}
             optim:
-              main: {{type: SGD, lr: {{all: 0.05}}, momentum: 0.9, weight_decay: 0, nesterov: false, schedule: constant}}
+              main: {{type: SGD, lr: {{all: 0.05}}, momentum: 0.9, weight_decay: 0, nesterov: false,
+                     schedule: constant}}
             """
         )
     )
@@ -311,14 +312,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str])
 
 
 def test_checkpoint_of_another_method_or_length(trained: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
-    other = ["--config-file", ROOT / "configs/DSPH/coco.yaml", "--save-dir", tmp_path / "run"]
+    other: list[str | Path] = ["--config-file", ROOT / "configs/DSPH/coco.yaml", "--save-dir", tmp_path / "run"]
     assert "is of MITH" in refused(*other, *tiny_overrides, "--evaluate", trained / "best.pt")
-    same = [*MITH, "--save-dir", tmp_path / "run", *tiny_overrides]
+    same: list[str | Path] = [*MITH, "--save-dir", tmp_path / "run", *tiny_overrides]
     assert "32 bits" in refused(*same, "model.bits=32", "--evaluate", trained / "best.pt")
 
 
 def test_checkpoint_that_cannot_be_read(trained: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
-    settings = [*MITH, "--save-dir", tmp_path / "run", *tiny_overrides]
+    settings: list[str | Path] = [*MITH, "--save-dir", tmp_path / "run", *tiny_overrides]
     assert "no.pt is not there" in refused(*settings, "--evaluate", tmp_path / "no.pt")
     (tmp_path / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:5000])
     assert "cut.pt" in refused(*settings, "--evaluate", tmp_path / "cut.pt")

@@ -101,7 +101,7 @@ def test_golden_regression_and_get_lr() -> None:
         loss = ((torch.tanh(x @ w1 + b1) @ w2 + b2 - y) ** 2).mean()
         assert loss.item() == pytest.approx(golden["problem/loss"][step], abs=2e-6)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         for name, parameter in zip(names, (w1, b1, w2, b2), strict=True):
             expected = golden[f"problem/{name}/traj"][step + 1]
@@ -229,7 +229,7 @@ def test_closure_is_called_with_gradients() -> None:
 
     def closure() -> float:
         loss = (p**2).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.item()
 
     assert optimizer.step(closure) == 1.0

@@ -72,7 +72,7 @@ def test_the_data_set_opens_what_was_written_without_a_path_being_named(name: st
     pairs = SCRIPTS[name].collect(source, next(iter(SCRIPTS[name].PROTOCOLS)))
     assert list(data.names) == list(pairs.images)
     assert data.labels.tolist() == pairs.labels.tolist()
-    assert data.columns["train"]["text"].captions.texts == [  # type: ignore[attr-defined]
+    assert data.columns["train"]["text"].captions.texts == [
         [mat_files.clean_text(text) for text in item] or [""] for item in pairs.captions
     ]
     assert {data.pictures.read(number).size for number in range(len(pairs.images))} == {(40, 30)}

@@ -37,13 +37,13 @@ def test_hamming_distance_of_long_codes_is_exact() -> None:
 def test_hamming_distance_of_relaxed_codes_has_a_gradient() -> None:
     a = torch.tensor([[0.5, -0.5]], requires_grad=True)
     distance = hamming_distance(a, torch.tensor([[1.0, 1.0]]))
-    distance.sum().backward()  # type: ignore[no-untyped-call]
+    distance.sum().backward()
     assert distance.item() == 1.0
     assert a.grad is not None and a.grad.tolist() == [[-0.5, -0.5]]
 
 
 @pytest.mark.parametrize("function", [label_similarity, cosine_similarity, hamming_distance])
 @pytest.mark.parametrize("shapes", [((2, 3), (2, 4)), ((3,), (2, 3))])
-def test_shapes_that_do_not_match_are_refused(function, shapes) -> None:  # type: ignore[no-untyped-def]
+def test_shapes_that_do_not_match_are_refused(function, shapes) -> None:
     with pytest.raises(ValueError, match="two matrices of one width"):
         function(torch.ones(shapes[0]), torch.ones(shapes[1]))
