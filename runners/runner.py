@@ -84,6 +84,8 @@ class Runner:
             self.lock = claim_folder(self.folder, resume)
         barrier()
         loaded = newest_checkpoint(self.checkpoints) if resume else None
+        if resume and loaded is None:
+            logger.info("no checkpoint in %s yet: starting at the beginning", self.checkpoints.folder)
         self.dataset = open_dataset(self.config)
         if loaded is not None:
             check_resumable(loaded, self.config, self.dataset)

@@ -64,7 +64,7 @@ def pick_device(name: str, distribute: bool) -> torch.device:
                 f"device {name} names {len(found)} GPUs, but {local_rank() + 1} processes run on this machine"
             )
         return found[local_rank()]
-    if len(found) > 1 and "," in name + name.replace(":", ",") and not distribute:
+    if len(found) > 1 and name not in ("auto", "cuda") and not distribute:
         raise UserError(f"device {name} names several devices; add --distribute for a process on each, or name one")
     return found[0]
 
