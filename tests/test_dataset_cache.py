@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from common.errors import UserError
 from dataset import cache
@@ -72,7 +72,7 @@ def in_child(work: Callable[[], object]) -> int:
     gc.disable()  # loaders of other tests share locks with their workers: a child killed while ending them keeps one
     code = 1
     try:
-        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with this process, and would die locked
+        tqdm.set_lock(threading.RLock())  # the library's bars share theirs with this process: it would die locked
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
