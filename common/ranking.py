@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba.extending import intrinsic
 from torch import Tensor
+
+from utils.compiled import compiled
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -186,15 +187,7 @@ def _emit_count_ones(context: Any, word: Any) -> Any:
 count_ones: Any = intrinsic(_emit_count_ones)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles at the first call, without the interpreter's lock, and keeps the code for later runs where it can."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package nor the user's cache folder can be written
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _rank(
     query_codes: Words,
     database_codes: Words,
