@@ -1,13 +1,19 @@
 """Every golden file against this library, and what the parity check says when something is off."""
 
+import functools
 import json
+import operator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from common.types import Progress
 from tests.parity import EQUAL, LOSS, absolute, check_file, compare, main
+from tests.parity_cases import open_case
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(path for path in GOLDEN.iterdir() if path.suffix in (".npz", ".json"))
@@ -44,6 +50,104 @@ def test_a_changed_weight_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out.splitlines()
     assert any("codes" in line and "FAIL" in line for line in printed)
     assert printed[-1].endswith("failed") and not printed[-1].endswith(" 0 failed")
+
+
+def change_case(source: str, target: Path, keep: Callable[[str], bool], **changes: Any) -> Path:
+    """Copies the arrays of a golden file whose names `keep` wants, with other settings."""
+    with np.load(GOLDEN / source) as file:
+        arrays = {name: file[name] for name in file.files if keep(name)}
+    cfg = json.loads(str(arrays["cfg"]))
+    for place, value in changes.items():
+        *sections, key = place.split("__")
+        functools.reduce(operator.getitem, sections, cfg)[key] = value
+    np.savez(target, **{**arrays, "cfg": np.array(json.dumps(cfg))})
+    return target
+
+
+@pytest.mark.parametrize("source", ["DIMCH-unified-b64B13C80s2101.npz", "UMoED-unified-b16B8C24s2202.npz"])
+def test_the_dropout_that_ran_counts_not_the_configured_one(source: str, tmp_path: Path) -> None:
+    rows = list(check_file(change_case(source, tmp_path / source, lambda name: True, model__dropout=0.3)))
+    assert len(rows) > 5 and all(row.passed for row in rows)
+
+
+def test_what_a_case_does_not_record_is_not_compared(tmp_path: Path) -> None:
+    source = "MITH-unified-b16B8C24s1401.npz"
+    path = change_case(source, tmp_path / source, lambda name: not name.startswith(("traj/", "loss/", "grad/")))
+    rows = list(check_file(path))
+    assert [row.quantity for row in rows] == ["codes", "binary codes", "intermediate outputs"]
+    assert all(row.passed for row in rows)
+
+
+def test_only_terms_recovered_by_subtraction_have_a_loose_bound() -> None:
+    for source, loose in (("DNPH-original-b16B13C80s1801.npz", True), ("DNPH-unified-b16B8C24s1701.npz", False)):
+        (terms,) = (row for row in check_file(GOLDEN / source) if row.quantity == "terms")
+        assert ("1e-4" in terms.bound) == loose
+
+
+def test_a_term_without_a_name_here_fails_alone(tmp_path: Path) -> None:
+    source = "DSPH-original-b16B8C80s1601.npz"
+    with np.load(GOLDEN / source) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["loss/sonnet"] = np.array(14, np.float32)
+    np.savez(tmp_path / source, **arrays)
+    failed = [row for row in check_file(tmp_path / source) if not row.passed]
+    assert [(row.quantity, "sonnet: not computed" in row.note) for row in failed] == [("terms", True)]
+
+
+@pytest.mark.parametrize("warmup", [-1, 0.0, 0.3])
+@pytest.mark.parametrize("schedule", ["warmup_linear", "warmup_constant", "warmup_cosine"])
+def test_bertadam_with_other_schedules(schedule: str, warmup: float, tmp_path: Path) -> None:
+    steps, rate, decay = 8, 0.01, 0.2
+    falls = {
+        "warmup_linear": lambda x: (x - 1) / (warmup - 1),
+        "warmup_constant": lambda x: 1.0,
+        "warmup_cosine": lambda x: 0.5 * (1 + np.cos(np.pi * x)),
+    }
+    factors = [x / warmup if x < warmup else falls[schedule](x) for x in (step / steps for step in range(steps))]
+    gradients = np.random.default_rng(0).normal(size=(steps, 3)).astype(np.float32) * 0.1  # too short to be clipped
+    path, mean, square = [np.ones(3)], np.zeros(3), np.zeros(3)
+    for factor, gradient in zip(factors, gradients.astype(np.float64), strict=True):
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.98 * square + 0.02 * gradient**2
+        path.append(path[-1] - rate * factor * (mean / (np.sqrt(square) + 1e-6) + decay * path[-1]))
+    cfg = {"kind": "bertadam", "b1": 0.9, "b2": 0.98, "e": 1e-6, "max_grad_norm": 1.0, "weight_decay": decay}
+    cfg |= {"steps": steps, "t_total": steps, "schedule": schedule, "warmup": warmup}
+    cfg |= {"group_lr": [rate], "groups": {"given": [["a"]]}}
+    given = {"grads": gradients, "has_grad": np.ones(steps, bool), "traj": np.array(path, np.float32)}
+    arrays: dict[str, Any] = {f"given/a/{name}": value for name, value in given.items()}
+    arrays |= {"given/schedule": np.array(factors), "cfg": np.array(json.dumps(cfg))}
+    file = tmp_path / "bertadam.npz"
+    np.savez(file, **arrays)
+    rows = list(check_file(file))
+    assert [row.quantity for row in rows] == ["given gradients", "schedule"]
+    assert all(row.passed for row in rows), [str(row) for row in rows]
+
+
+def test_dcmht_linear_head_whose_codes_the_authors_do_not_binarise(tmp_path: Path) -> None:
+    with np.load(GOLDEN / "DCMHT-original-b16B8C24s1201.npz") as file:
+        kept = ("cfg", "in/", "sd/clip.")
+        arrays: dict[str, Any] = {name: file[name] for name in file.files if name.startswith(kept)}
+    cfg = json.loads(str(arrays.pop("cfg")))
+    cfg["model"] |= {"hash_layer": "linear", "sim_threshold": 0.0}
+    random = np.random.default_rng(0)
+    for modality in ("image", "text"):
+        arrays[f"sd/{modality}_hash.fc.weight"] = random.normal(size=(16, 128)).astype(np.float32) / 10
+        arrays[f"sd/{modality}_hash.fc.bias"] = random.normal(size=16).astype(np.float32)
+    case = open_case(cfg, arrays)
+    model = case.build()
+    with torch.no_grad():
+        out = model(case.batch, Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1))
+    terms = case.terms(out.terms)
+    quantization = (terms.pop("quantization_image") + terms.pop("quantization_text")) / 2
+    assert float(sum(terms.values()) + quantization) == pytest.approx(float(out.loss), rel=1e-6)
+    with torch.no_grad():
+        codes = {name: x for name, x in case.outputs(model.eval()).items() if name.endswith("_code")}
+    relaxed = {name.replace("_code", "_binary"): x for name, x in codes.items()}
+    arrays |= {name: x.numpy() for name, x in (codes | relaxed).items()}
+    path = tmp_path / "DCMHT-original.npz"
+    np.savez(path, **{**arrays, "cfg": np.array(json.dumps(cfg))})
+    rows = list(check_file(path))
+    assert [row.quantity for row in rows] == ["codes", "binary codes"]
+    assert all(row.passed for row in rows), [str(row) for row in rows]
 
 
 def test_unreadable_cases_fail_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

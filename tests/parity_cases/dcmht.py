@@ -1,9 +1,14 @@
 """DCMHT: the authors' code (select and linear heads) and the author's re-implementation in the unified library."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 from torch import Tensor
 
 from common.errors import UserError
 from models.dcmht import DCMHT
+from models.heads import sign_codes
 from tests.parity_cases.base import MethodCase, Tree
 
 
@@ -12,11 +17,16 @@ class Case(MethodCase):
 
     code_bound = 3e-3
 
+    def __init__(self, cfg: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        super().__init__(cfg, arrays)
+        self.linear = not self.unified and self.settings["hash_layer"] == "linear"
+        if self.linear:  # the authors forget to binarise these
+            self.arrays |= {f"out/{name}": sign_codes(x) for name, x in self.part("out/").items() if "_binary" in name}
+
     def model_section(self) -> Tree:
         """Our settings."""
         s = self.settings
         if not self.unified:
-            linear = s["hash_layer"] == "linear"
             return {
                 "head": s["hash_layer"],
                 "dropout": self.cfg["dropout"],
@@ -24,7 +34,7 @@ class Case(MethodCase):
                 "loss_type": s["loss_type"],
                 "margin": s["vartheta"],
                 "cosine_threshold": s["sim_threshold"] or 0.05,  # the reference takes 0 for 'not given'
-                "quantization_weight": 1.0 if linear else 0.0,
+                "quantization_weight": 1.0 if self.linear else 0.0,
             }
         if s["hash_func"] != "softmax":
             raise UserError(f"the unified head with hash_func {s['hash_func']!r} is not offered, only softmax")
@@ -59,6 +69,7 @@ class Case(MethodCase):
                 "inter_image.negative": "image_negative",
                 "inter_text.positive": "text_positive",
                 "inter_text.negative": "text_negative",
+                **({name: name for name in ("quantization_image", "quantization_text")} if self.linear else {}),
             }
         return {name: terms[ours] for name, ours in names.items()}
 

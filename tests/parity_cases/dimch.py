@@ -29,7 +29,7 @@ class Case(MethodCase):
         chamfer, codes = s["chamfer"], s["hash_pars"]
         return {
             "set_size": s["setDim"],
-            "dropout": s["dropout"],
+            "dropout": self.cfg["dropout"],
             "distance": s["distance"]["mode"],
             "set_similarity": set_similarity(s["distance"]),
             "diversity": "batch",

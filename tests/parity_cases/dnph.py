@@ -12,8 +12,6 @@ from tests.parity_cases.base import MethodCase, Tree
 class Case(MethodCase):
     """A case of DNPH."""
 
-    loose_terms = frozenset({"proxy", "noise"})
-
     def model_section(self) -> Tree:
         """Our settings."""
         s = self.settings
@@ -29,9 +27,13 @@ class Case(MethodCase):
             "uniformity_weight": s["noise_alpha"],
         }
 
+    def loose_terms(self) -> frozenset[str]:
+        """The authors' code was asked for its sums, not for these two."""
+        return frozenset() if self.unified else frozenset({"proxy", "noise"})
+
     def trains_proxies(self) -> bool:
         """Whether the reference steps the optimizer of the proxies."""
-        return self.cfg["optimizer"]["loss"] is not None
+        return self.cfg["optimizer"].get("loss") is not None
 
     def optim_section(self) -> Tree:
         """BertAdam for all but the proxies, which have a plain SGD or none."""

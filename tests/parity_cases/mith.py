@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from common.errors import UserError
 from models.concept_head import ConceptCodes
 from models.mith import MITH
 from tests.parity_cases.base import MethodCase, Tree
@@ -36,6 +37,8 @@ class Case(MethodCase):
     def model_section(self) -> Tree:
         """Our settings."""
         s = self.settings
+        if s.get("hash_func", "tanh") != "tanh":
+            raise UserError(f"a head with hash_func {s['hash_func']!r} is not offered, only tanh")
         return {
             "top_k": s["top_k_label"],
             "transformer_layers": s["transformer_layers"],

@@ -36,13 +36,15 @@ class Case(MethodCase):
     def bits(self) -> int:
         """The case's length if there are short codes of it, else the shortest."""
         lengths, bits = self.short_bits(), int(self.cfg["bits"])
-        return bits if bits in lengths else lengths[0]
+        return lengths[0] if lengths and bits not in lengths else bits
 
     def model_section(self) -> Tree:
         """Our settings."""
         s = self.settings
         if s["hash_func"] != "softmax":
             raise UserError(f"hash_func {s['hash_func']!r} is not offered, only softmax")
+        if not self.short_bits():
+            raise UserError("the case has no short codes; a model without them is not offered")
         optimizer = {**self.optim_section()["main"], "lr": {"transform": 1e-3}}  # trains nothing here
         return {
             "long_bits": s["long_dim"],

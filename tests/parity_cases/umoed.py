@@ -1,5 +1,7 @@
 """UMoED: its author's code in the unified library."""
 
+import re
+
 from torch import Tensor
 
 from common.errors import UserError
@@ -26,11 +28,11 @@ class Case(MethodCase):
             "width": s["hidden_dim"],
             "layers": s["decoder_layers"],
             "heads": s["decoder_heads"],
-            "feed_forward_width": 2048,
+            "feed_forward_width": self.feed_forward_width(),
             "mixture": {"experts": s["num_experts"], "slots": s["slots_per_expert"], "init": "release"}
             if s["MoE"]
             else None,
-            "dropout": s["dropout"],
+            "dropout": self.cfg["dropout"],
             "separate_heads": False,
             "mask_padding": False,
             "distribution_temperature": s["extreme_T"] if s["extreme"] else None,
@@ -40,6 +42,11 @@ class Case(MethodCase):
             "triplet_weight": s["hash_pars"]["triplet_alpha"],
             "diversity_weight": s["chamfer"]["unif_alpha"],
         }
+
+    def feed_forward_width(self) -> int:
+        """Width that the recorded decoder has; the reference's configuration does not tell it."""
+        expansions = (x for name, x in self.part("sd/").items() if re.search(r"\.linear1?\.weight$", name))
+        return len(next(expansions))
 
     def terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms of its disabled fusion are 0; the sums are stored with their weights."""
