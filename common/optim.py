@@ -34,7 +34,8 @@ def scheduled_factor(schedule: Schedule, progress: float, warmup: float) -> floa
     Args:
         schedule: `constant` (1, without warm-up), `warmup_constant` (1), `warmup_linear` ((1 - x) / (1 - w)) or
             `warmup_cosine` ((1 + cos(pi x)) / 2).
-        progress: x, updates made / all updates; beyond 1 it counts as 1.
+        progress: x, updates made / all updates. A run ends at 1; whoever goes on sees the cosine rise again, as the
+            authors' code does.
         warmup: w, fraction of all updates that warm-up takes, in [0, 1).
 
     Returns:
@@ -43,13 +44,12 @@ def scheduled_factor(schedule: Schedule, progress: float, warmup: float) -> floa
     Source:
         BertAdam of pytorch-pretrained-BERT.
     """
-    progress = min(progress, 1.0)
     if schedule == "constant":
         return 1.0
     if progress < warmup:
         return progress / warmup
     if schedule == "warmup_linear":
-        return (1.0 - progress) / (1.0 - warmup)
+        return max((1.0 - progress) / (1.0 - warmup), 0.0)
     if schedule == "warmup_cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     return 1.0

@@ -245,7 +245,10 @@ def test_closure_is_called_with_gradients() -> None:
         ("constant", [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("warmup_constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
         ("warmup_linear", [0.0, 0.5, 1.0, 0.625, 0.0, 0.0]),
-        ("warmup_cosine", [0.0, 0.5, 0.5 * (1 + math.cos(0.2 * math.pi)), 0.5, 0.0, 0.0]),
+        (
+            "warmup_cosine",
+            [0.0, 0.5, 0.5 * (1 + math.cos(0.2 * math.pi)), 0.5, 0.0, 0.5 * (1 + math.cos(1.3 * math.pi))],
+        ),
     ],
 )
 def test_schedules(schedule: Any, expected: list[float]) -> None:
