@@ -22,6 +22,7 @@ from runners.backbone import find_backbone
 from utils.distributed import barrier, from_main, is_main, rank
 from utils.files import FolderLock, make_folder
 from utils.logging import progress
+from utils.seeding import seed_torch
 
 logger = logging.getLogger(__name__)
 ENCODED_SPLITS: tuple[Split, ...] = ("query", "database")
@@ -143,6 +144,7 @@ def build_model(
                 f"checkpoint {loaded.path} is of {theirs}, not of {config.model.name}; give a config of {theirs}"
             )
     data = _data_info(cls, config, dataset, state)
+    seed_torch(config.run.seed)  # here: finding the backbone may have trained one
     model = cls(config.model, data)
     if loaded is None or not loaded.is_ours:
         model.prepare(data)

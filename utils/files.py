@@ -78,13 +78,13 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._handle: int | None = os.open(folder, os.O_RDONLY)
-        os.register_at_fork(after_in_child=self.release)  # a loader process may outlive a killed run by seconds
+        self._handle = os.open(folder, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._handle)
+        _locks.add(self)
 
     def acquire(self, wait: bool) -> bool:
         """Takes the lock; without `wait`, returns False at once if another process holds it."""
-        if self._handle is None:
+        if not self._close.alive:
             raise ValueError(f"the lock of {self.folder} was given back")
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -95,6 +95,18 @@ class FolderLock:
     def release(self) -> None:
         """Gives the folder back."""
         self._close()
+
+
+_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _drop_locks() -> None:
+    """Frees a forked child of its parent's locks: a loader process may outlive a killed run by seconds."""
+    for lock in _locks:
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
 
 
 def sync_folder(folder: Path) -> None:
