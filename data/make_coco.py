@@ -22,6 +22,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, find, run
+from utils.logging import progress
 
 PARTS = ("train2017", "val2017")
 BUFFER = 1 << 22  # characters of a JSON file read at a time
@@ -145,7 +146,11 @@ def read_json(path: Path, wanted: Mapping[str, Callable[[dict[str, Any]], None]]
     """
     missing = set(wanted)
     try:
-        with path.open(encoding="utf-8", errors="replace") as stream, _Progress(path) as bar:
+        size = path.stat().st_size  # nearly all characters of these files have one byte
+        with (
+            path.open(encoding="utf-8", errors="replace") as stream,
+            progress(total=size, desc=path.name, unit="B", unit_scale=True) as bar,
+        ):
             reader = _Reader(stream, bar)
             reader.skip("{")
             while reader.peek() != "}":
@@ -172,17 +177,10 @@ def read_json(path: Path, wanted: Mapping[str, Callable[[dict[str, Any]], None]]
         raise UserError(f"{path}: has no list {', '.join(sorted(missing))}; is it another file under this name?")
 
 
-class _Progress(tqdm):
-    """Bar over the bytes of a file; nearly all characters of these files have one byte."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True)
-
-
 class _Reader:
     """A window that moves over JSON text."""
 
-    def __init__(self, stream: TextIO, bar: _Progress) -> None:
+    def __init__(self, stream: TextIO, bar: tqdm[Any]) -> None:
         self._stream, self._bar = stream, bar
         self._text, self._at, self._ended = "", 0, False
         self._decode = json.JSONDecoder().raw_decode

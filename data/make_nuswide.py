@@ -13,13 +13,13 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 if not __package__:  # run as a script: the packages of the repository stand one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, find, parallel, read_bytes, read_lines, run
+from utils.logging import progress
 
 ROWS_AT_A_TIME = 1 << 23  # bytes of AllTags1k.txt held at once; the whole file has 540 MB
 
@@ -137,7 +137,10 @@ def _frequent_tags(path: Path, names: list[str], count: int) -> list[str]:
 def _indicators(path: Path, width: int) -> Iterator[npt.NDArray[np.bool_]]:
     """Rows of a text matrix of 0 and 1, [n, width] at a time."""
     rest, before = b"", 0
-    with path.open("rb") as stream, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar:
+    with (
+        path.open("rb") as stream,
+        progress(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar,
+    ):
         while chunk := stream.read(ROWS_AT_A_TIME):
             bar.update(len(chunk))
             whole, _, rest = (rest + chunk).rpartition(b"\n")

@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 if not __package__:  # run as a script: the packages of the repository stand one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,6 +41,7 @@ from common.config import read_yaml
 from common.errors import UserError
 from data.mat_files import string_cells, string_rows, write_mat
 from utils.files import FolderLock, make_folder, write_json, write_text
+from utils.logging import progress
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _write(folder: Path, source: Mapping[str, Any], workers: int) -> None:
     table = read_yaml(LABELS.read_text(encoding="utf-8"), str(LABELS))
     labels = label_drawings(drawings, table)
     with _map(partial(render, size=source["size"]), [drawing.code for drawing in drawings], workers) as rendered:
-        bar = tqdm(rendered, total=len(drawings), desc="openmoji: drawing", unit="picture")
+        bar = progress(rendered, total=len(drawings), desc="openmoji: drawing", unit="picture")
         pngs, thumbnails = zip(*bar, strict=True)
     kept = distinct(np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(len(drawings), -1), drawings)
 

@@ -24,11 +24,11 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from common.errors import UserError
 from data.mat_files import clean_text, string_cells, string_rows, write_set, writing
 from utils.files import FolderLock, atomic, make_folder, write_text
+from utils.logging import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -178,7 +178,7 @@ def parallel(
     """
     pool = ThreadPoolExecutor(2 * (os.cpu_count() or 1))
     try:
-        with tqdm(total=len(items), desc=title, unit=unit, smoothing=0.05, disable=not items) as bar:
+        with progress(total=len(items), desc=title, unit=unit, smoothing=0.05) as bar:
             for start in range(0, len(items), BATCH):
                 batch = items[start : start + BATCH]
                 for item, result in zip(batch, pool.map(function, batch), strict=True):

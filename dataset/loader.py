@@ -89,7 +89,7 @@ def build_loader(
         pictures = _caches[dataset]
     source: PictureSource
     if kind == "workers":
-        source = WorkerSource(pictures, numbers, config.image_size, device, workers)
+        source = WorkerSource(pictures, numbers, config.image_size, device, workers, persistent=split == "train")
     else:
         memories = _memories.setdefault(dataset, {})
         memory = memories.setdefault(device, PictureMemory(pictures, device, config.name))

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import scipy.io
 import scipy.sparse
-from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.pictures import PictureArray, Pictures, PictureVolume
+from utils.logging import progress
 
 Array = npt.NDArray[Any]
 
@@ -197,9 +197,7 @@ def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool) -> Array:
     value = np.asarray(data[()]).T
     if h5py.check_ref_dtype(data.dtype) is not None:
         cells = np.empty(value.shape, dtype=object)
-        for place in tqdm(
-            np.ndindex(value.shape), total=value.size, desc=f"cells of {data.name}", disable=value.size < 50_000
-        ):
+        for place in progress(np.ndindex(value.shape), total=value.size, desc=f"cells of {data.name}", unit="cell"):
             cells[place] = _hdf5_value(file, file[value[place]], text)
         return cells
     if kind == "char" or (text and not kind and value.dtype in (np.uint16, np.uint32)):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.jobs import Job
 from dataset.pictures import Pictures
 from dataset.transforms import View, crop_boxes, flips, normalise, resample, squashed, to_pixels, view_pixels
+from utils.logging import progress
 
 _CHUNK = 256  # pictures decoded between two copies to the device
 _ROOM = 0.9  # share of the free memory that pictures may take
@@ -109,7 +109,7 @@ class PictureMemory:
         threads = len(os.sched_getaffinity(0))
         with (
             ThreadPoolExecutor(threads) as pool,
-            tqdm(total=len(numbers), desc=f"pictures of {self.name}", unit="picture") as bar,
+            progress(total=len(numbers), desc=f"pictures of {self.name}", unit="picture") as bar,
         ):
             for start in range(0, len(numbers), _CHUNK):
                 part = numbers[start : start + _CHUNK]

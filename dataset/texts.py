@@ -9,13 +9,13 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.tokenizer import tokenize
+from utils.logging import progress
 
 log = logging.getLogger(__name__)
-_MANY = 50_000  # texts above which a progress bar is worth its line
+_PART = 50_000  # texts turned into ids at a time
 _WORD = re.compile(r"\w\w+")
 
 
@@ -42,9 +42,9 @@ class Captions:
         """Ids of all captions of all items, item after item, [captions, L] int32."""
         flat = [caption for captions in self.texts for caption in captions]
         tokens = torch.empty(len(flat), self.length, dtype=torch.int32)
-        with tqdm(total=len(flat), desc="tokens", unit="text", disable=len(flat) < _MANY) as bar:
-            for start in range(0, len(flat), _MANY):
-                part = flat[start : start + _MANY]
+        with progress(total=len(flat), desc="tokens", unit="text") as bar:
+            for start in range(0, len(flat), _PART):
+                part = flat[start : start + _PART]
                 tokens[start : start + len(part)] = tokenize(part, self.length)
                 bar.update(len(part))
         return tokens

@@ -22,10 +22,17 @@ class WorkerSource:
         size: Side R in pixels.
         device: Where batches go.
         workers: Number of processes; 0 reads in this one.
+        persistent: Whether they wait for the next pass when one is over, or end.
     """
 
     def __init__(
-        self, pictures: Pictures, numbers: list[Tensor], size: int, device: torch.device, workers: int
+        self,
+        pictures: Pictures,
+        numbers: list[Tensor],
+        size: int,
+        device: torch.device,
+        workers: int,
+        persistent: bool,
     ) -> None:
         self.device = device
         self._jobs = _JobList()
@@ -36,7 +43,7 @@ class WorkerSource:
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
+            persistent_workers=persistent and workers > 0,
             worker_init_fn=_leave_signals_to_parent,
         )
 

@@ -31,13 +31,13 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.registry import near_names
 from common.types import Backbone, ClipShape
 from models.clip import CLIP, HEAD_WIDTH
 from utils.files import FolderLock, atomic, make_folder
+from utils.logging import progress
 
 logger = logging.getLogger(__name__)
 
@@ -516,7 +516,7 @@ def _transfer(url: str, part: Path) -> bool:
         name = part.name.removesuffix(".part")
         with (
             open(part, "ab" if start else "wb") as file,
-            tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True) as bar,
+            progress(desc=name, total=total, initial=start, unit="B", unit_scale=True) as bar,
         ):
             while chunk := reply.read(1 << 20):
                 file.write(chunk)

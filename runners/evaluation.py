@@ -16,7 +16,7 @@ from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel
 from runners.report import results_table, summarise
-from runners.setup import autocast, build_model, make_loader, open_dataset
+from runners.setup import ENCODED_SPLITS, autocast, build_model, make_loader, open_dataset
 from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json
 from utils.launch import pick_device
@@ -66,7 +66,8 @@ def encode_split(
     was_training = model.training
     model.eval()
     index, image, text = [], [], []
-    for batch in progress(loader.once(), desc="encode", unit="batch", leave=False):
+    batches = -(-len(loader.own_rows) // loader.batch_size)
+    for batch in progress(loader.once(), total=batches, desc="encode", unit="batch", leave=False):
         check()
         with autocast(precision, batch["index"].device):
             index.append(batch["index"])
@@ -122,30 +123,47 @@ def evaluate_codes(
     return reports
 
 
-def evaluate(
-    config: Config, dataset: PairedDataset, model: HashingModel, device: torch.device, check: Callable[[], None]
-) -> tuple[SplitCodes, SplitCodes, dict[str, dict[str, float]]]:
-    """Encodes the query and the database split and computes the numbers of `evaluate_codes`.
+class Evaluator:
+    """Encodes the query and the database split and computes the numbers of `evaluate_codes`, as often as asked.
+
+    Its loaders last as long as it does, so that pictures held in memory are decoded once.
 
     Args:
         config: The configuration.
         dataset: The data set.
         model: The method.
         device: Where to encode and rank.
-        check: Called before every batch; raises to stop.
-
-    Returns:
-        Codes of the query split, codes of the database split, and the reports by code length.
     """
 
-    def encode(split: Split) -> SplitCodes:
-        absent = model.optional_fields - dataset.offers(split).keys()
-        loader = make_loader(config, dataset, split, (model.image_fields | model.text_fields) - absent, device)
-        labels = dataset.labels[dataset.splits.items(split)]
-        return encode_split(model, loader, labels, config.run.precision, check)
+    def __init__(self, config: Config, dataset: PairedDataset, model: HashingModel, device: torch.device) -> None:
+        self.config = config
+        self.model = model
+        self.device = device
+        self.labels: dict[Split, Tensor] = {}
+        self.loaders: dict[Split, Loader] = {}
+        for split in ENCODED_SPLITS:
+            absent = model.optional_fields - dataset.offers(split).keys()
+            fields = (model.image_fields | model.text_fields) - absent
+            self.labels[split] = dataset.labels[dataset.splits.items(split)]
+            self.loaders[split] = make_loader(config, dataset, split, fields, device)
 
-    query, database = encode("query"), encode("database")
-    return query, database, evaluate_codes(query, database, model.code_lengths, config.evaluate, device)
+    def evaluate(
+        self, check: Callable[[], None] = lambda: None
+    ) -> tuple[SplitCodes, SplitCodes, dict[str, dict[str, float]]]:
+        """Evaluates the model's present weights.
+
+        Args:
+            check: Called before every batch; raises to stop.
+
+        Returns:
+            Codes of the query split, codes of the database split, and the reports by code length.
+        """
+        query, database = (
+            encode_split(self.model, self.loaders[split], self.labels[split], self.config.run.precision, check)
+            for split in ENCODED_SPLITS
+        )
+        reports = evaluate_codes(query, database, self.model.code_lengths, self.config.evaluate, self.device)
+        return query, database, reports
 
 
 def evaluate_file(config: Config, path: Path) -> None:
@@ -162,7 +180,7 @@ def evaluate_file(config: Config, path: Path) -> None:
     loaded = load(path)
     dataset = open_dataset(config)
     model = build_model(config, dataset, loaded, device)
-    query, database, reports = evaluate(config, dataset, model, device, check=lambda: None)
+    query, database, reports = Evaluator(config, dataset, model, device).evaluate()
     if is_main():
         folder = config.run_folder
         make_folder(folder, "--save-dir")

@@ -19,7 +19,7 @@ from common.optim import build_optimizers
 from common.registry import RUNNERS
 from common.types import Progress, StepOutput
 from models.base import HashingModel
-from runners.evaluation import evaluate, save_codes
+from runners.evaluation import Evaluator, save_codes
 from runners.report import best_of, headline, results_table, summarise
 from runners.setup import (
     autocast,
@@ -90,6 +90,7 @@ class Runner:
         if loaded is not None:
             check_resumable(loaded, self.config, self.dataset)
         self.model = build_model(self.config, self.dataset, loaded, self.device)
+        self.evaluator = Evaluator(self.config, self.dataset, self.model, self.device)
         self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)
         check_groups(self.model)
@@ -147,9 +148,7 @@ class Runner:
 
     def evaluate_epoch(self) -> None:
         """Evaluates the present weights; keeps them and their codes if they are the best so far."""
-        query, database, reports = evaluate(
-            self.config, self.dataset, self.model, self.device, self._stop_between_batches
-        )
+        query, database, reports = self.evaluator.evaluate(self._stop_between_batches)
         epoch = self.state.step // len(self.train_loader)
         self.state.history.append({"epoch": epoch, "reports": reports})
         best = best_of(self.state.history) is self.state.history[-1]

@@ -1,11 +1,18 @@
-"""Evaluation over several processes: the numbers of one process, to the last bit."""
+"""Evaluation: over several processes the numbers of one, to the last bit; pictures in memory are decoded once."""
+
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from common.config import EvaluateConfig
+from dataset.pictures import PictureFiles
 from runners.evaluation import SplitCodes, evaluate_codes
+from tests.commands import run
 from tests.processes import run_processes
+from tests.tiny_data import PAIRS
 
 CONFIG = EvaluateConfig(
     every=1, batch_size=4, cutoffs=["all", 5], definitions=["relevant", "top", "expected"], caption="first"
@@ -31,3 +38,20 @@ def test_processes_give_the_numbers_of_one(queries: int, count: int) -> None:
     alone = reports(queries)
     assert set(alone) == {"8", "4"} and alone["8"]["i2t/queries without relevant items"] >= 1
     assert run_processes(reports, count, queries) == [alone] * count
+
+
+def test_a_run_decodes_every_picture_once(
+    tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and two evaluations of both splits, with `loader: memory`."""
+    counts: Counter[int] = Counter()
+    read = PictureFiles.read
+
+    def counted(self: PictureFiles, number: int) -> Image.Image:
+        counts[number] += 1
+        return read(self, number)
+
+    monkeypatch.setattr(PictureFiles, "read", counted)
+    code, _, err = run("--config-file", "configs/DSPH/coco.yaml", "--save-dir", tmp_path / "run", *tiny_overrides)
+    assert code == 0, err
+    assert counts == dict.fromkeys(range(PAIRS), 1)

@@ -32,9 +32,12 @@ def setup_logging() -> None:
 
 
 def progress(items: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
-    """A progress bar with rate and remaining time; silent on all processes but the first."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0  # a log file needs no line every moment
-    return tqdm(items, disable=not is_main(), mininterval=interval, dynamic_ncols=True, **options)
+    """A progress bar with rate and remaining time; silent on all processes but the first.
+
+    A log file gets a line every 15 seconds, and nothing of what takes less.
+    """
+    interval, delay = (0.2, 0.0) if sys.stderr.isatty() else (15.0, 15.0)
+    return tqdm(items, disable=not is_main(), mininterval=interval, delay=delay, dynamic_ncols=True, **options)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
