@@ -146,22 +146,36 @@ class Checkpoints:
         model: Mapping[str, Tensor],
         optimizers: Mapping[str, Mapping[str, Any]],
     ) -> Path:
-        """Writes the state after `step` steps and removes those beyond the newest `keep`."""
+        """Writes the state after `step` steps; removes those beyond the newest `keep`, and of later steps.
+
+        A file of a later step is a damaged one that `newest` passed over; it must not count among those kept.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".step-*.part"):  # of a process killed while writing
             part.unlink()
         path = self.path_of(step)
         save(path, meta, model, optimizers)
-        for old in self.paths()[: -self.keep]:
-            old.unlink()
+        kept = [other for other in self.paths() if other <= path][-self.keep :]
+        for other in set(self.paths()) - set(kept):
+            other.unlink()
         return path
 
     def newest(self) -> Checkpoint | None:
-        """The newest readable checkpoint; damaged newer ones are named in a warning and passed over."""
-        for path in reversed(self.paths()):
+        """The newest readable checkpoint, None without files; damaged newer ones are passed over with a warning.
+
+        Raises:
+            UserError: If there are files, but all of them are damaged: beginning anew would overwrite what is left.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
             try:
                 return load(path)
             except UserError as error:
+                if path == paths[0]:
+                    raise UserError(
+                        f"{error}; it is the last of {len(paths)} in {self.folder}, so the run cannot go on: restore "
+                        "one, or remove the folder of the run to begin anew"
+                    ) from None
                 logger.warning("%s; going back to the one before", error)
         return None
 

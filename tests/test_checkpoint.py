@@ -98,6 +98,26 @@ def test_newest_are_kept_and_damage_falls_back(tmp_path: Path, caplog: pytest.Lo
     assert "step-00000010.pt" in caplog.text
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_one_that_was_passed_over_does_not_push_out_good_ones(keep: int, tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep)
+    for step in (6, 8):
+        kept.save(step, {"step": step}, {"w": torch.zeros(3)}, {"main": {"state": {}}})
+    kept.path_of(8).write_bytes(b"half")
+    kept.save(7, {"step": 7}, {"w": torch.zeros(3)}, {"main": {"state": {}}})
+    assert kept.paths() == [kept.path_of(6), kept.path_of(7)][-keep:]
+
+
+def test_if_all_are_damaged_nothing_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = Checkpoints(tmp_path, keep=2)
+    for step in (6, 8):
+        kept.save(step, {"step": step}, {"w": torch.zeros(3)}, {"main": {"state": {}}})
+        kept.path_of(step).write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-00000006\.pt .*the last of 2 in .* remove the folder of the run"):
+        kept.newest()
+    assert "step-00000008.pt" in caplog.text
+
+
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         save(tmp_path / "no" / "a.pt", {}, {"w": torch.zeros(1)})
