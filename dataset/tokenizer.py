@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import ftfy
@@ -67,7 +67,7 @@ def _encode(text: str, room: int) -> list[int]:
     else:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         words = regex.sub(r"\s+", " ", text).strip().lower().split(" ")
-    return list(chain.from_iterable(map(_word_ids, words[:room])))[:room]  # a word has at least one piece
+    return list(islice(chain.from_iterable(map(_word_ids, words)), room))
 
 
 @lru_cache(maxsize=2**18)

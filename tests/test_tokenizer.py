@@ -47,6 +47,11 @@ def test_long_text_is_cut_so_that_the_end_fits(length):
     assert (ids == END_OF_TEXT).sum(dim=1).tolist() == [1, 1]
 
 
+def test_a_word_without_pieces_does_not_count_when_a_text_is_cut():
+    """U+0345 is no letter, but folds to one, so that no class of CLIP's expression takes it: a word of no pieces."""
+    assert tokenize(["\u0345 dog dog"], 3).tolist() == [[START_OF_TEXT, 1929, END_OF_TEXT]]
+
+
 def test_the_first_maximum_is_the_end():
     ids = tokenize([case["text"] for case in GOLDEN], 32)
     assert (ids[torch.arange(len(ids)), ids.argmax(dim=1)] == END_OF_TEXT).all()
