@@ -70,6 +70,34 @@ def test_the_dropout_that_ran_counts_not_the_configured_one(source: str, tmp_pat
     assert len(rows) > 5 and all(row.passed for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("source", "absent"),
+    [
+        ("DSPH-original-b16B8C80s1601.npz", ["threshold"]),  # 16 bits, 80 classes: 0.25 in the table
+        ("DSPH-unified-b16B13C80s1501.npz", ["threshold"]),
+        ("DNPH-original-b16B13C80s1801.npz", ["mrg", "noise_alpha"]),  # written into the authors' code
+        ("DNPH-unified-b16B8C24s1701.npz", ["mrg"]),
+    ],
+)
+def test_settings_that_a_case_leaves_to_the_reference(source: str, absent: list[str], tmp_path: Path) -> None:
+    with np.load(GOLDEN / source) as file:
+        arrays = {name: file[name] for name in file.files}
+    cfg = json.loads(str(arrays["cfg"]))
+    cfg["model"] = {key: value for key, value in cfg["model"].items() if key not in absent}
+    np.savez(tmp_path / source, **{**arrays, "cfg": np.array(json.dumps(cfg))})
+    rows = list(check_file(tmp_path / source))
+    assert len(rows) > 5 and all(row.passed for row in rows), [str(row) for row in rows]
+
+
+def test_entries_of_openai_s_file_that_are_no_weights(tmp_path: Path) -> None:
+    with np.load(GOLDEN / "clip-w64p16.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    sizes = {"sd/input_resolution": 64, "sd/context_length": 77, "sd/vocab_size": 600}
+    np.savez(tmp_path / "clip.npz", **{**arrays, **{name: np.array(size) for name, size in sizes.items()}})
+    rows = list(check_file(tmp_path / "clip.npz"))
+    assert len(rows) == 3 and all(row.passed for row in rows), [str(row) for row in rows]
+
+
 def test_what_a_case_does_not_record_is_not_compared(tmp_path: Path) -> None:
     source = "MITH-unified-b16B8C24s1401.npz"
     path = change_case(source, tmp_path / source, lambda name: not name.startswith(("traj/", "loss/", "grad/")))
@@ -136,17 +164,19 @@ def test_dcmht_linear_head_whose_codes_the_authors_do_not_binarise(tmp_path: Pat
     model = case.build()
     with torch.no_grad():
         out = model(case.batch, Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1))
-    terms = case.terms(out.terms)
-    quantization = (terms.pop("quantization_image") + terms.pop("quantization_text")) / 2
-    assert float(sum(terms.values()) + quantization) == pytest.approx(float(out.loss), rel=1e-6)
-    with torch.no_grad():
         codes = {name: x for name, x in case.outputs(model.eval()).items() if name.endswith("_code")}
+    away = {name: (x.sign() - x).norm(dim=-1).mean() / 2 for name, x in codes.items()}
+    quantization = (away["out/image_code"] + away["out/text_code"]) / 2
+    six = [value for name, value in case.terms(out.terms).items() if not name.startswith("quantization")]
+    assert len(six) == 6 and float(sum(six) + quantization) == pytest.approx(float(out.loss), rel=1e-6)
     relaxed = {name.replace("_code", "_binary"): x for name, x in codes.items()}
-    arrays |= {name: x.numpy() for name, x in (codes | relaxed).items()}
+    terms = {"loss/quantization": quantization, "loss/quantization.image": away["out/image_code"]}
+    arrays |= {name: x.numpy() for name, x in (codes | relaxed | terms | {"loss/total": out.loss}).items()}
     path = tmp_path / "DCMHT-original.npz"
+    cfg["steps"] = 1
     np.savez(path, **{**arrays, "cfg": np.array(json.dumps(cfg))})
     rows = list(check_file(path))
-    assert [row.quantity for row in rows] == ["codes", "binary codes"]
+    assert [row.quantity for row in rows] == ["codes", "binary codes", "terms", "loss"]
     assert all(row.passed for row in rows), [str(row) for row in rows]
 
 

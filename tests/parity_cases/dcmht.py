@@ -49,7 +49,10 @@ class Case(MethodCase):
         }
 
     def terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The references call the terms across modalities 'intra' and those within one 'inter'."""
+        """The references call the terms across modalities 'intra' and those within one 'inter'.
+
+        The linear head has a quantisation beside the six: as it enters the total, and of each modality.
+        """
         if self.unified:
             names = {
                 "Intra.Positive": "cross_positive",
@@ -69,9 +72,12 @@ class Case(MethodCase):
                 "inter_image.negative": "image_negative",
                 "inter_text.positive": "text_positive",
                 "inter_text.negative": "text_negative",
-                **({name: name for name in ("quantization_image", "quantization_text")} if self.linear else {}),
             }
-        return {name: terms[ours] for name, ours in names.items()}
+        named = {name: terms[ours] for name, ours in names.items()}
+        if self.linear:
+            image, text = terms["quantization_image"], terms["quantization_text"]
+            named |= {"quantization": (image + text) / 2, "quantization.image": image, "quantization.text": text}
+        return named
 
     def outputs(self, model: DCMHT) -> dict[str, Tensor]:
         """Soft-max pairs and their codes."""

@@ -13,7 +13,7 @@ class Case(MethodCase):
     """A case of DNPH."""
 
     def model_section(self) -> Tree:
-        """Our settings."""
+        """Our settings; where the case names none, what the reference's code falls back to."""
         s = self.settings
         if s.get("hash_func", "tanh") != "tanh":
             raise UserError(f"a head with hash_func {s['hash_func']!r} is not offered, only tanh")
@@ -23,8 +23,8 @@ class Case(MethodCase):
             "dropout": self.cfg["dropout"],
             "classifier_outputs": len(classifier),
             "train_proxies": self.trains_proxies(),
-            "margin": s["mrg"],
-            "uniformity_weight": s["noise_alpha"],
+            "margin": s.get("mrg", 1.0),
+            "uniformity_weight": s.get("noise_alpha", 1.0 if self.unified else 0.1),
         }
 
     def loose_terms(self) -> frozenset[str]:

@@ -11,13 +11,13 @@ class Case(MethodCase):
     """A case of DSPH."""
 
     def model_section(self) -> Tree:
-        """Our settings; the threshold is the one that the reference read from its table."""
+        """Our settings; the threshold is the one that the reference read from its table, if the case says which."""
         s = self.settings
         if s.get("hash_func", "tanh") != "tanh":
             raise UserError(f"a head with hash_func {s['hash_func']!r} is not offered, only tanh")
         return {
             "dropout": self.cfg["dropout"],
-            "threshold": s["threshold"],
+            "threshold": s.get("threshold"),
             "separation_weight": s["alpha"],
             "proxy_seed": s["hypseed"],
         }
