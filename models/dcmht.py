@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from common.losses import full_precision, pair_quantization
@@ -58,8 +58,15 @@ class DCMHTConfig(ClipModelConfig):
     ]  # clipped_cosine: the re-implementation's cosine option
     loss_type: Literal["l1", "l2"]  # power of distances; clipped_cosine is a cross entropy and ignores it
     margin: float = Field(gt=0)  # vartheta, Eq. (10): fraction of bits in which dissimilar items should differ
-    cosine_threshold: float = Field(gt=0, lt=0.5)  # slack (cosine), or distance kept from 0 and 1 (clipped_cosine)
+    cosine_threshold: float = Field(ge=0)  # slack (cosine), or distance kept from 0 and 1 (clipped_cosine)
     quantization_weight: float = Field(ge=0)  # authors: none with select, 1 with linear; re-implementation: 0.001
+
+    @field_validator("cosine_threshold")
+    @classmethod
+    def _clipping_leaves_an_interval(cls, threshold: float, info: ValidationInfo) -> float:
+        if info.data.get("similarity") == "clipped_cosine" and not 0 < threshold < 0.5:
+            raise ValueError("must be between 0 and 0.5 with model.similarity clipped_cosine")
+        return threshold
 
 
 class SelectHead(nn.Module):

@@ -169,6 +169,16 @@ def test_options_train_and_encode(tmp_path: Path, overrides: dict[str, object]) 
             assert codes.shape == (11, model.bits) and torch.equal(codes.abs(), torch.ones_like(codes))
 
 
+def test_only_clipping_bounds_the_threshold(tmp_path: Path) -> None:
+    """The authors' slack may be any cosine distance; with Euclidean distances nothing reads it."""
+    for similarity, threshold in (("cosine", 0.5), ("cosine", 1.2), ("euclidean", 0.0), ("euclidean", 0.5)):
+        model = build("DCMHT", str(tmp_path), similarity=similarity, cosine_threshold=threshold)
+        assert model(rows_of(), START).loss.isfinite()
+    for threshold in (0.0, 0.5):
+        with pytest.raises(ValueError, match="between 0 and 0.5"):
+            build("DCMHT", str(tmp_path), similarity="clipped_cosine", cosine_threshold=threshold)
+
+
 @pytest.mark.parametrize("head", ["select", "linear", "unified"])
 def test_one_row_trains_and_encodes_like_among_others(tmp_path: Path, head: str) -> None:
     model = build("DCMHT", str(tmp_path), head=head)
