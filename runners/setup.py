@@ -14,7 +14,9 @@ from common.errors import UserError
 from common.registry import DATASETS, MODELS
 from common.types import Backbone, DataInfo
 from dataset.base import PairedDataset, Split
+from dataset.columns import CaptionColumn
 from dataset.loader import Loader, build_loader
+from dataset.tokenizer import END_OF_TEXT
 from models.base import ClipModelConfig, HashingModel
 from models.clip import CLIP
 from models.clip_weights import shape_of
@@ -173,7 +175,7 @@ def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, 
 
 
 def _check_sizes(backbone: Backbone, dataset: PairedDataset, config: Config) -> None:
-    """The data must have the size that the towers were made for."""
+    """The data must have the sizes that the towers were made for."""
     offered, shape = dataset.offers("train"), backbone.shape
     if "image" in offered and offered["image"][-1] != shape.image_size:
         raise UserError(
@@ -184,6 +186,12 @@ def _check_sizes(backbone: Backbone, dataset: PairedDataset, config: Config) -> 
         raise UserError(
             f"dataset.text_length is {offered['text'][0]}, but the backbone {config.model.backbone} takes at most "
             f"{shape.context_length} tokens; set dataset.text_length={shape.context_length}"
+        )
+    ours = isinstance(dataset.columns["train"].get("text"), CaptionColumn)  # a data set may bring ids of its own
+    if ours and shape.vocabulary <= END_OF_TEXT:
+        raise UserError(
+            f"{backbone.source} holds a CLIP with a vocabulary of {shape.vocabulary} tokens, but texts are made of "
+            f"OpenAI's {END_OF_TEXT + 1}; choose one with OpenAI's vocabulary"
         )
 
 

@@ -1,0 +1,87 @@
+"""`main.py --evaluate` of state dicts that the authors' code and the unified peer write."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.config import load_config
+from dataset.tokenizer import END_OF_TEXT
+from runners.setup import ENCODED_SPLITS, make_loader, open_dataset
+from tests.commands import ROOT, refused, run
+from tests.parity_cases import open_case
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = [  # golden file, settings of its variant, start of the names that the authors do not save
+    ("DCMHT-original-b16B8C24s1201", [], None),
+    ("DCMHT-unified-b16B8C24s1101", ["model.head=unified"], None),
+    ("MITH-original-b16B8C24s1301", [], None),
+    ("MITH-unified-b16B8C24s1401", [], None),
+    ("DSPH-original-b16B8C80s1601", [], "hyp."),
+    ("DSPH-unified-b16B13C80s1501", [], None),  # proxies of 80 classes, for data of 4
+    ("DNPH-original-b16B13C80s1801", [], "DNPH."),
+    ("DNPH-unified-b16B8C24s1701", [], None),
+]
+
+
+def read(name: str, rows: int) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """Settings and arrays of a golden case; its token table with random rows up to `rows`."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    cfg = json.loads(str(arrays.pop("cfg")))
+    (table,) = (key for key in arrays if key.startswith("sd/") and key.endswith("token_embedding.weight"))
+    extra = np.random.default_rng(0).normal(scale=0.3, size=(rows - len(arrays[table]), arrays[table].shape[1]))
+    return cfg, {**arrays, table: np.concatenate([arrays[table], extra.astype(np.float32)])}
+
+
+def save(arrays: dict[str, np.ndarray], path: Path, left_out: str | None = None, prefix: str | None = None) -> Path:
+    """The case's state dict as the reference's `torch.save` would leave it; CLIP under another prefix if given."""
+    state: dict[str, Tensor] = {}
+    for key, array in arrays.items():
+        name = key.removeprefix("sd/")
+        if key.startswith("sd/") and not (left_out and name.startswith(left_out)):
+            state[name.replace("backbone.", prefix, 1) if prefix else name] = torch.from_numpy(array)
+    torch.save(state, path)
+    return path
+
+
+def settings(name: str, tiny_overrides: list[str], more: list[str]) -> tuple[Path, list[str]]:
+    """Configuration file and entries that put a case's method on the tiny data, in the sizes of the case's CLIP."""
+    sizes = ["dataset.image_size=64", "dataset.text_length=32", "evaluate.caption=first"]
+    return ROOT / "configs" / name.split("-")[0] / "coco.yaml", [*tiny_overrides, *sizes, *more]
+
+
+@pytest.mark.parametrize(("name", "more", "left_out"), CASES, ids=[case[0] for case in CASES])
+def test_codes_are_those_of_the_case(
+    name: str, more: list[str], left_out: str | None, tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    cfg, arrays = read(name, END_OF_TEXT + 1)
+    file, entries = settings(name, tiny_overrides, more)
+    prefixes = (None, "clip.") if "unified" in name else (None,)
+    for number, prefix in enumerate(prefixes):  # the unified library renamed its backbone
+        path = save(arrays, tmp_path / f"model-{number}.pth", left_out, prefix)
+        code, _, err = run("--config-file", file, "--save-dir", tmp_path / "run", *entries, "--evaluate", path)
+        assert code == 0, err
+    model = open_case(cfg, arrays).build().eval()
+    config = load_config(file, [*entries, f"run.save_dir={tmp_path / 'run'}"])
+    dataset = open_dataset(config)
+    for split, key in zip(ENCODED_SPLITS, ("q", "r"), strict=True):
+        fields = model.image_fields | model.text_fields
+        for batch in make_loader(config, dataset, split, fields, torch.device("cpu")).once():
+            with torch.no_grad():
+                wanted = {"img": model.encode_image(batch), "txt": model.encode_text(batch)}
+            for number in range(len(prefixes)):
+                with np.load(tmp_path / f"run/codes-model-{number}.npz") as written:
+                    for modality, codes in wanted.items():
+                        np.testing.assert_array_equal(written[f"{key}_{modality}"][batch["index"]], codes)
+
+
+def test_a_token_table_too_short_for_the_texts_is_refused(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    name = CASES[0][0]
+    path = save(read(name, 600)[1], tmp_path / "model.pth")
+    file, entries = settings(name, tiny_overrides, [])
+    line = refused("--config-file", file, "--save-dir", tmp_path / "run", *entries, "--evaluate", path)
+    assert "600" in line and "49408" in line
