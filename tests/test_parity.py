@@ -104,6 +104,11 @@ def test_what_a_case_does_not_record_is_not_compared(tmp_path: Path) -> None:
     rows = list(check_file(path))
     assert [row.quantity for row in rows] == ["codes", "binary codes", "intermediate outputs"]
     assert all(row.passed for row in rows)
+    bare = ("traj/", "loss/", "grad/", "out/image_binary", "out/text_binary")
+    rows = list(check_file(change_case(source, tmp_path / source, lambda name: not name.startswith(bare))))
+    assert [row.quantity for row in rows if row.passed] == ["codes", "intermediate outputs"] and len(rows) == 2
+    rows = list(check_file(change_case(source, tmp_path / source, lambda name: name.startswith(("cfg", "in/", "sd/")))))
+    assert [(row.quantity, row.passed) for row in rows] == [("codes", False)]  # nothing to compare is no success
 
 
 def test_only_terms_recovered_by_subtraction_have_a_loose_bound() -> None:
