@@ -131,7 +131,8 @@ def retrieval_values(
     Returns:
         Name -> [Q] float64, NaN for a query without a relevant item:
 
-        * `mAP@<k>`, `mAP@<k>(top)`, `mAP@<k>(expected)`: average precision, see the head of this file;
+        * `mAP@<k>`, `mAP@<k>(top)`, `mAP@<k>(expected)`: average precision, see the head of this file; `mAP@all(top)`
+          only where `relevant`, which then is the same number, is not asked for;
         * `NDCG@<k>`: gain 2^s - 1 for s shared labels, discount log2(rank + 1), ties by place in the database;
         * `P@<k>`: share of relevant items among the first k (among all D where D < k);
         * `P(radius 2)`: share of relevant items within Hamming distance 2, 0 for a query that finds nothing there.
@@ -145,6 +146,8 @@ def retrieval_values(
     measures: dict[str, Measure] = {}
     for cutoff in cutoffs:
         for definition in definitions:
+            if (cutoff, definition) == ("all", "top") and "relevant" in definitions:
+                continue  # the same number
             measures[metric_name(cutoff, definition)] = _average_precision(definition, cutoff, size)
         measures[f"NDCG@{cutoff}"] = _ndcg(cutoff, size, most_shared, query_codes.device)
         if cutoff != "all":

@@ -180,7 +180,7 @@ def read_json(path: Path, wanted: Mapping[str, Callable[[dict[str, Any]], None]]
 class _Reader:
     """A window that moves over JSON text."""
 
-    def __init__(self, stream: TextIO, bar: tqdm[Any]) -> None:
+    def __init__(self, stream: TextIO, bar: "tqdm[Any]") -> None:
         self._stream, self._bar = stream, bar
         self._text, self._at, self._ended = "", 0, False
         self._decode = json.JSONDecoder().raw_decode

@@ -78,7 +78,7 @@ def results_table(results: dict[str, Any]) -> str:
     for bits, numbers in best["reports"].items():
         metrics = list(dict.fromkeys(name.partition("/")[2] for name in numbers if "mAP" in name))
         if not rows:
-            rows.append(["bits", "direction", *metrics, "random codes"])
+            rows.append(["bits", "direction", *metrics, "random codes' mAP@all"])
         for direction in dict.fromkeys(name.partition("/")[0] for name in numbers):
             values = [f"{numbers[f'{direction}/{metric}']:.4f}" for metric in metrics]
             rows.append([bits, direction, *values, f"{results['random_codes'][bits]['mAP@all']:.4f}"])

@@ -62,7 +62,8 @@ def write_summary(folder: Path, runs: Sequence[RunFolder]) -> str:
     """
     metrics = [name.partition("/")[2] for name in runs[0].numbers if name.startswith("i2t/mAP")]
     write_text(folder / "table.csv", _csv(runs))
-    write_text(folder / "table.md", "\n".join(_markdown(runs, metric) for metric in metrics))
+    notes = "".join(f"- {note}\n" for note in _notes(runs))
+    write_text(folder / "table.md", "\n".join([*(_markdown(runs, metric) for metric in metrics), notes]))
     write_text(folder / "table.tex", "\n".join(_latex(runs, metric) for metric in metrics))
     pictures = list(_draw(folder, runs))
     heading, *rows = _rows(runs, metrics[0])
@@ -83,18 +84,19 @@ def _select(runs: Sequence[RunFolder], model: str, bits: int) -> list[RunFolder]
 
 
 def _rows(runs: Sequence[RunFolder], metric: str) -> list[list[str]]:
-    """Tasks and methods down, code lengths across, random codes last; the first row is the heading."""
+    """Tasks and methods down, code lengths across, random codes last where known; the first row is the heading."""
     lengths = sorted({run.bits for run in runs})
     rows = [["task", "method", *(f"{bits} bits" for bits in lengths)]]
     for direction, task in TASKS.items():
         for model in dict.fromkeys(run.model for run in runs):
             cells = [_cell(_select(runs, model, bits), f"{direction}/{metric}") for bits in lengths]
             rows.append([task, model, *cells])
-    chance = [
-        f"{mean(run.results['random_codes'][str(bits)]['mAP@all'] for run in runs if run.bits == bits):.4f}"
-        for bits in lengths
-    ]
-    rows.append(["both", "random codes", *chance])
+    if metric.startswith("mAP@all"):
+        chance = [
+            f"{mean(run.results['random_codes'][str(bits)]['mAP@all'] for run in runs if run.bits == bits):.4f}"
+            for bits in lengths
+        ]
+        rows.append(["both", "random codes", *chance])
     return rows
 
 
@@ -103,13 +105,19 @@ def _caption(runs: Sequence[RunFolder], metric: str) -> str:
     first = runs[0].results
     split, seeds = first["split"], sorted({run.results["seed"] for run in runs})
     spread = "mean ± standard deviation over" if len(seeds) > 1 else "one run with"
-    definition = {"top": "list cut at rank k", "expected": "expectation over orders of ties"}
-    meaning = next((text for name, text in definition.items() if f"({name})" in metric), "first min(k, relevant) hits")
     return (
-        f"{metric} ({meaning}; ties by database order unless expected) on {first['dataset']}: "
+        f"{metric} ({_meaning(metric)}) on {first['dataset']}: "
         f"{split['query']} queries, {split['database']} database items, split {split['fingerprint']}; "
         f"{spread} seed {', '.join(map(str, seeds))}; epoch by {first['selection']}"
     )
+
+
+def _meaning(metric: str) -> str:
+    if "(expected)" in metric:
+        return "list cut at rank k, expectation over all orders of ties"
+    if "(top)" in metric:
+        return "list cut at rank k, ties by database order"
+    return "first min(k, relevant) relevant items, ties by database order"
 
 
 def _notes(runs: Sequence[RunFolder]) -> list[str]:
@@ -118,8 +126,8 @@ def _notes(runs: Sequence[RunFolder]) -> list[str]:
 
 def _markdown(runs: Sequence[RunFolder], metric: str) -> str:
     heading, *rows = _rows(runs, metric)
-    lines = [f"**{_caption(runs, metric)}**", "", _bar(heading), _bar(["---"] * len(heading)), *map(_bar, rows), ""]
-    return "\n".join(lines + [f"- {note}" for note in _notes(runs)]) + "\n"
+    lines = [f"**{_caption(runs, metric)}**", "", _bar(heading), _bar(["---"] * len(heading)), *map(_bar, rows)]
+    return "\n".join(lines) + "\n"
 
 
 def _bar(cells: Sequence[str]) -> str:

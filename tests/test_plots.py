@@ -1,6 +1,7 @@
 """Plots: what is drawn, where it is written, and what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,21 @@ def test_training_loss_shows_steps_and_their_running_mean(tmp_path: Path, drawn:
     assert np.asarray(mean.get_ydata()).tolist() == [0.0] + [0.5] * 99
 
 
-def test_nothing_to_draw_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+def test_losses_of_several_methods_have_scales_of_their_own(tmp_path: Path, drawn: list[Figure]) -> None:
+    curves = {f"method {scale}": ([1, 2], [2.0 * scale, 1.0 * scale]) for scale in (1, 10, 100, 1000)}
+    plots.plot_training_loss(curves, "a title", tmp_path / "loss.png")
+    panels = drawn[0].axes
+    assert [axes.get_title() for axes in panels] == list(curves)
+    for axes, (_, losses) in zip(panels, curves.values(), strict=True):
+        low, high = axes.get_ylim()
+        assert 0 < low <= min(losses) and max(losses) <= high < 1.2 * max(losses)
+
+
+@pytest.mark.parametrize("plot", [plots.plot_precision_recall, plots.plot_precision_at, plots.plot_training_loss])
+def test_nothing_to_draw_is_refused_and_writes_nothing(plot: Callable[..., None], tmp_path: Path) -> None:
     for curves in ({}, {"a": ([1.0], [float("nan")])}):
         with pytest.raises(UserError, match="nothing to draw in the plot 't'"):
-            plots.plot_precision_recall(curves, "t", tmp_path / "pr.png")
+            plot(curves, "t", tmp_path / "pr.png")
     assert list(tmp_path.iterdir()) == []
 
 

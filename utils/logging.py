@@ -22,6 +22,17 @@ class _PastBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _Lines:
+    """What a log file sees of a progress bar: every state on a line of its own, none written over."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def setup_logging() -> None:
     """Sends log lines to stderr past progress bars; processes other than the first stay silent below warnings."""
     handler = _PastBars()
@@ -36,8 +47,11 @@ def progress(items: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
 
     A log file gets a line every 15 seconds, and nothing of what takes less.
     """
-    interval, delay = (0.2, 0.0) if sys.stderr.isatty() else (15.0, 15.0)
-    return tqdm(items, disable=not is_main(), mininterval=interval, delay=delay, dynamic_ncols=True, **options)
+    if sys.stderr.isatty():
+        look: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True}
+    else:
+        look = {"mininterval": 15.0, "delay": 15.0, "file": _Lines()}
+    return tqdm(items, disable=not is_main(), **look, **options)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -35,7 +35,7 @@ def plot_precision_recall(curves: Mapping[str, Curve], title: str, path: Path) -
         UserError: If there is nothing to draw or the file cannot be written.
     """
     figure, axes = _open("Recall", "Precision", title)
-    _draw(axes, curves, markers=True)
+    _draw(axes, curves)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     _save(figure, path)
@@ -53,7 +53,7 @@ def plot_precision_at(curves: Mapping[str, Curve], title: str, path: Path) -> No
         UserError: As `plot_precision_recall`.
     """
     figure, axes = _open("Number of results N", "Precision@N", title)
-    _draw(axes, curves, markers=True)
+    _draw(axes, curves)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.02)
     _save(figure, path)
@@ -61,6 +61,8 @@ def plot_precision_at(curves: Mapping[str, Curve], title: str, path: Path) -> No
 
 def plot_training_loss(curves: Mapping[str, Curve], title: str, path: Path) -> None:
     """Loss over optimizer steps; every step pale, their running mean (a fiftieth of the run) in full colour.
+
+    Every curve has a panel and a scale of its own: losses of two methods have no common unit.
 
     Args:
         curves: Name -> (step, loss), as `read_training_log` gives them.
@@ -70,11 +72,18 @@ def plot_training_loss(curves: Mapping[str, Curve], title: str, path: Path) -> N
     Raises:
         UserError: As `plot_precision_recall`.
     """
-    figure, axes = _open("Step", "Loss", title)
-    for number, (steps, losses) in enumerate(curves.values()):
-        axes.plot(steps, losses, color=_COLOURS[number % len(_COLOURS)], alpha=0.25, linewidth=0.8)
-    _draw(axes, {name: (steps, _running_mean(losses)) for name, (steps, losses) in curves.items()}, markers=False)
-    axes.margins(x=0)
+    _require_points(curves, title)
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(5.6, 4.2) if rows == columns == 1 else (3.2 * columns, 2.4 * rows), dpi=160)
+    figure.set_layout_engine("constrained")
+    figure.suptitle(title, fontsize=10)
+    for place, (name, (steps, losses)) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _style(axes, "Step" if place + columns >= len(curves) else "", "Loss" if place % columns == 0 else "", name)
+        axes.plot(steps, losses, color=_COLOURS[0], alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _running_mean(losses), color=_COLOURS[0], linewidth=1.5)
+        axes.margins(x=0)
     _save(figure, path)
 
 
@@ -114,19 +123,22 @@ def read_training_log(path: Path) -> dict[str, Curve]:
 def _open(x: str, y: str, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.6, 4.2), dpi=160, layout="constrained")
     axes = figure.add_subplot()
+    _style(axes, x, y, title)
+    return figure, axes
+
+
+def _style(axes: Axes, x: str, y: str, title: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title, fontsize=10)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
-def _draw(axes: Axes, curves: Mapping[str, Curve], markers: bool) -> None:
+def _draw(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    _require_points(curves, axes.get_title())
     finite = {name: _finite(curve) for name, curve in curves.items()}
-    if not any(xs for xs, _ in finite.values()):
-        raise UserError(f"nothing to draw in the plot {axes.get_title()!r}: no curve has a number")
     for number, (name, (xs, ys)) in enumerate(finite.items()):
         axes.plot(
             xs,
@@ -134,13 +146,18 @@ def _draw(axes: Axes, curves: Mapping[str, Curve], markers: bool) -> None:
             label=name,
             color=_COLOURS[number % len(_COLOURS)],
             linestyle=_DASHES[number % len(_DASHES)],
-            marker=_MARKERS[number % len(_MARKERS)] if markers else None,
+            marker=_MARKERS[number % len(_MARKERS)],
             markersize=3.5,
             markevery=max(1, len(xs) // 12),
             linewidth=1.5,
-            clip_on=not markers,  # a marker on the frame is drawn whole
+            clip_on=False,  # a marker on the frame is drawn whole
         )
     axes.legend(frameon=False, fontsize=8, ncols=2 if len(finite) > 5 else 1)
+
+
+def _require_points(curves: Mapping[str, Curve], title: str) -> None:
+    if not any(_finite(curve)[0] for curve in curves.values()):
+        raise UserError(f"nothing to draw in the plot {title!r}: no curve has a number")
 
 
 def _finite(curve: Curve) -> tuple[list[float], list[float]]:
