@@ -27,6 +27,10 @@ from utils.files import make_folder
 log = logging.getLogger(__name__)
 
 KINDS = ("long", "short", "trans")
+NUMBERS = (  # types with all arithmetic; of torch's others, some have no comparison, some no values at all
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 def read_array(path: Path) -> Tensor:
@@ -51,7 +55,7 @@ def read_array(path: Path) -> Tensor:
         raise UserError(f"{path} is damaged, or no file of torch.save; download it again") from None
     except Exception:  # torch raises anything from RuntimeError to KeyError on a broken file
         raise UserError(f"{path} is damaged, or no file of torch.save; download it again") from None
-    if not isinstance(content, Tensor) or content.layout is not torch.strided or content.is_complex():
+    if not isinstance(content, Tensor) or not _is_plain(content):
         raise UserError(f"{path} holds {type(content).__name__}, not one real array; it is no file of centres")
     return content.detach()
 
@@ -142,6 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
+
+
+def _is_plain(array: Tensor) -> bool:
+    """Whether an array [...] is dense and holds real numbers; not so of booleans, nor of shapes without values."""
+    dense = array.layout is torch.strided and not array.is_nested and not array.is_meta
+    return dense and array.dtype in NUMBERS
 
 
 def _by_bits(folder: Path) -> dict[int, Path]:
