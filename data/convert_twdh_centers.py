@@ -149,9 +149,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_plain(array: Tensor) -> bool:
-    """Whether an array [...] is dense and holds real numbers; not so of booleans, nor of shapes without values."""
-    dense = array.layout is torch.strided and not array.is_nested and not array.is_meta
-    return dense and array.dtype in NUMBERS
+    """Whether an array [...] is dense, of real numbers, and its file holds each of them.
+
+    Not so of booleans, of shapes without values, and of one value that is spread over a shape larger than memory.
+    """
+    if array.layout is not torch.strided or array.is_nested or array.is_meta or array.dtype not in NUMBERS:
+        return False
+    return array.numel() * array.element_size() <= array.untyped_storage().nbytes()
 
 
 def _by_bits(folder: Path) -> dict[int, Path]:

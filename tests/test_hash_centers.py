@@ -388,6 +388,7 @@ def test_converter_runs_no_code(tmp_path: Path, zipped: bool, capsys: pytest.Cap
         ("short/8.pkl", torch.ones(5, 8, dtype=torch.bool), "not one real array"),
         ("short/8.pkl", torch.ones(5, 8).to(torch.float8_e4m3fn), "not one real array"),
         ("short/8.pkl", torch.empty(5, 8, device="meta"), "not one real array"),
+        ("long/32.pkl", torch.ones(1, 1).expand(10**13, 32), "not one real array"),
         ("short/8.pkl", b"PK\x03\x04 cut off", "damaged"),
         ("short/8.pkl", b"", "damaged"),
     ],
