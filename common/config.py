@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from common.errors import UserError
 from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
@@ -29,9 +29,11 @@ FREE_KEYS = frozenset(
 
 
 class Section(BaseModel):
-    """Base of all schemas: frozen, unknown keys refused, no conversion between types, no NaN."""
+    """Base of all schemas: frozen, unknown keys refused, no conversion between types, no NaN, no empty words."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, protected_namespaces=()
+    )
 
 
 class DatasetConfig(Section):
@@ -48,6 +50,17 @@ class OptimizerConfig(Section):
     lr: dict[str, Annotated[float, Field(ge=0)]]  # learning rate of every parameter group, by the model's group names
 
 
+def _of_form(pattern: str, form: str) -> AfterValidator:
+    """Refuses words that do not match a pattern, naming their form in words."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"Input should be {form}")
+        return value
+
+    return AfterValidator(check)
+
+
 class RunConfig(Section):
     """`run:` section. `configs/base.yaml` is the commented reference page of its values."""
 
@@ -58,7 +71,7 @@ class RunConfig(Section):
     device: Annotated[
         str,
         BeforeValidator(lambda value: str(value) if type(value) is int else value),  # `device: 0` is a number in YAML
-        StringConstraints(pattern=r"^(auto|cpu(:[1-9]\d*)?|cuda|\d+(,\d+)*)$"),
+        _of_form(r"auto|cpu(:[1-9]\d*)?|cuda|\d+(,\d+)*", "auto, cpu, cuda, GPU numbers such as 0,1, or cpu:2"),
     ]
     distribute: bool  # one process per device of `device`
     seed: int = Field(ge=0, lt=2**32)  # weights, order, augmentation, dropout (the split has its own seed)
@@ -70,7 +83,7 @@ class RunConfig(Section):
     loader: Literal["memory", "workers"]  # pictures held as uint8 on the device, or read by worker processes
     workers: int = Field(ge=0)  # worker processes of the loader `workers`
     # steps, or minutes as in "10m"
-    checkpoint_every: Annotated[int, Field(gt=0)] | Annotated[str, StringConstraints(pattern=r"^[1-9]\d*m$")]
+    checkpoint_every: Annotated[int, Field(gt=0)] | Annotated[str, _of_form(r"[1-9]\d*m", 'minutes such as "10m"')]
     keep_checkpoints: int = Field(gt=0)  # newest resumable checkpoints kept
 
 
@@ -114,7 +127,7 @@ class Config:
         names = {"model": self.model.name, "dataset": self.dataset.name, "bits": self.model.bits, "seed": self.run.seed}
         try:
             return Path(self.run.save_dir.format(**names))
-        except (KeyError, IndexError, ValueError):
+        except (LookupError, ValueError, AttributeError, TypeError):
             known = ", ".join("{" + name + "}" for name in names)
             raise UserError(f"run.save_dir: {self.run.save_dir!r} may hold no placeholder but {known}") from None
 
@@ -276,19 +289,22 @@ def _validate(schema: type[Section], value: Tree, place: str, origins: Mapping[s
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        seen: set[str] = set()
+        wanted: dict[str, list[str]] = {}  # what a value should be; of a union, every member says so
+        given: dict[str, Any] = {}
         for item in error.errors():
             key = f"{place}." + ".".join(str(part) for part in item["loc"] if not _is_union_tag(part, item))
             if item["type"] == "extra_forbidden":
                 name = str(item["loc"][-1])
-                text = f"unknown key{near_names(name, list(schema.model_fields))}"
+                errors.append(f"{key}: unknown key{near_names(name, list(schema.model_fields))}{_place(key, origins)}")
             elif item["type"] == "missing":
-                text = "missing; every value stands in YAML, see the config this one derives from"
+                way_out = "every value stands in YAML, see the config this one derives from"
+                errors.append(f"{key}: missing; {way_out}{_place(key, origins)}")
             else:
-                text = f"{item['msg'].removeprefix('Value error, ')}, not {item['input']!r}"
-            if key not in seen or item["type"] == "missing":
-                errors.append(f"{key}: {text}{_place(key, origins)}")
-            seen.add(key)
+                text = item["msg"].removeprefix("Value error, ").replace("valid boolean", "boolean, true or false")
+                others = wanted.setdefault(key, [])
+                others.append(text.removeprefix("Input should be ") if others else text)
+                given[key] = item["input"]
+        errors += [f"{key}: {' or '.join(w)}, not {given[key]!r}{_place(key, origins)}" for key, w in wanted.items()]
         return None
 
 
@@ -297,7 +313,7 @@ def _is_union_tag(part: int | str, item: Mapping[str, Any]) -> bool:
     return (
         isinstance(part, str)
         and item["loc"][-1] == part
-        and bool(re.match(r"^(int|constrained-\w+|literal\[.*)$", part))
+        and bool(re.match(r"^(int|constrained-\w+|literal\[.*|function-after.*)$", part))
     )
 
 
@@ -315,7 +331,11 @@ def _place(key: str, origins: Mapping[str, str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars (1e-5 is a number, `no` is a word) and no key twice."""
+    """YAML 1.2's plain scalars (1e-5 is a number, `no` is a word), no key twice, no node inside itself."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # whole nodes at once, so that one that refers to itself is noticed
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -337,7 +357,10 @@ for _tag, _pattern, _first in (
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # YAML 1.1 would read 010 as eight
+    value = int(loader.construct_scalar(node))  # YAML 1.1 would read 010 as eight
+    if value.bit_length() > 63:
+        raise yaml.MarkedYAMLError(problem=f"{value} does not fit into 64 bits", problem_mark=node.start_mark)
+    return value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -355,6 +378,8 @@ def read_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{source}{where}: not valid YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 

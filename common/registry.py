@@ -72,9 +72,10 @@ class Registry(Generic[T]):
             self._scan()
         if name not in self._classes:
             known = self.names()
+            near = near_names(name, known)
             failed = "".join(f"; {module} could not be imported: {why}" for module, why in self._failed.items())
             raise UserError(
-                f"unknown {self.kind} {name!r}{near_names(name, known)} Registered: {', '.join(known)}{failed}"
+                f"unknown {self.kind} {name!r}{near or ';'} {'R' if near else 'r'}egistered: {', '.join(known)}{failed}"
             )
         return self._classes[name]
 

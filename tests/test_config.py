@@ -84,11 +84,19 @@ def test_scientific_notation_is_a_number_everywhere() -> None:
         (["run.seed=true"], ["run.seed", "True"]),
         (["run.device=gpu"], ["run.device", "'gpu'"]),
         (["run.runner=Runer"], ["unknown runner 'Runer'", "did you mean 'Runner'"]),
-        (["dataset.type=matt"], ["unknown dataset 'matt'"]),
+        (["dataset.type=matt"], ["unknown dataset 'matt'", "did you mean 'mat'? Registered: "]),
+        (["dataset.type=pickle"], ["unknown dataset 'pickle'; registered: "]),
         (["optim.main.type=Adam"], ["unknown optimizer 'Adam'"]),
         (["optim.main.lr.head=-1"], ["optim.main.lr.head"]),
         (["runs.seed=1"], ["runs: unknown section", "did you mean 'run'"]),
-        (["run.checkpoint_every=soon"], ["run.checkpoint_every", "'soon'"]),
+        (["run.checkpoint_every=soon"], ["run.checkpoint_every", "'soon'", "integer or", 'minutes such as "10m"']),
+        (["run.device=cuda:0"], ["run.device", "GPU numbers such as 0,1", "'cuda:0'"]),
+        (["run.compile=yes"], ["run.compile", "true or false", "'yes'"]),
+        (["run.save_dir=''"], ["run.save_dir", "at least 1 character"]),
+        (["run.cache_dir=''"], ["run.cache_dir", "at least 1 character"]),
+        (["dataset.root=''"], ["dataset.root", "at least 1 character"]),
+        (["evaluate.cutoffs=[0]"], ["evaluate.cutoffs.0", "'all' or", "greater than 0"]),
+        ([f"model.bits={10**20}"], ["model.bits", "64 bits"]),
         (["evaluate.cutoffs=[]"], ["evaluate.cutoffs"]),
         (["epochs=3"], ["section.key=value"]),
         (["run.epochs"], ["section.key=value"]),
@@ -144,6 +152,8 @@ def _require_groups(config: object, key: str) -> None:
         ("base: [nothing.yaml]\n", "nothing.yaml cannot be read"),
         ("base: [self.yaml]\n", "leads back to itself"),
         ("run: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("run: &run {epochs: 3, again: *run}\n", "not valid YAML: found unconstructable recursive node"),
+        ("run: " + "[" * 3000, "nested too deeply"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, expected: str) -> None:
@@ -161,5 +171,6 @@ def test_missing_file_is_named() -> None:
 
 def test_run_folder_fills_placeholders_and_refuses_others() -> None:
     assert str(load_config(MITH, ["run.seed=3"]).run_folder).endswith("seed3")
-    with pytest.raises(UserError, match="placeholder"):
-        _ = load_config(MITH, ["run.save_dir=result/{bots}"]).run_folder
+    for text in ("{bots}", "{model.name}", "{bits[0]}", "{0}", "{", "{bits:zz}"):
+        with pytest.raises(UserError, match="placeholder"):
+            _ = load_config(MITH, [f"run.save_dir='result/{text}'"]).run_folder
