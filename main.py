@@ -6,14 +6,19 @@ This file parses the command line, builds the runner and runs it; README.md show
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load, which takes seconds: no traceback
 
 from common.checkpoint import load
 from common.config import Config, build_config, flatten, has_section, load_config
 from common.errors import UserError
-from common.registry import DATASETS, MODELS, RUNNERS
+from common.registry import DATASETS, MODELS, RUNNERS, near_names
 from dataset.check import check_data
 from runners.evaluation import evaluate_file
 from runners.sweep import Sweep
@@ -22,9 +27,18 @@ from utils.logging import say, setup_logging, table
 from utils.signals import Interrupted
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as all others are, with near names for options that do not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
+        near = near_names(wrong, [option for action in self._actions for option in action.option_strings])
+        raise UserError(f"{message}{near or ';'} --help explains every option")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="main.py", description="Train or evaluate a cross-modal hashing method on CLIP.", allow_abbrev=False
     )
     parser.add_argument("--config-file", type=Path, help="YAML of the run, e.g. configs/MITH/config.yaml")
@@ -78,12 +92,20 @@ def read_config(options: argparse.Namespace) -> Config:
     if options.config_file is not None:
         return load_config(options.config_file, overrides)
     if options.resume and options.save_dir is not None:
-        return load_config(Path(options.save_dir) / "config.yaml", overrides)
+        file = Path(options.save_dir) / "config.yaml"
+        if not file.is_file():
+            raise UserError(
+                f"{options.save_dir} holds no run to go on with (no config.yaml); start it with --config-file"
+            )
+        return load_config(file, overrides)
     if options.evaluate is not None:
         checkpoint = load(options.evaluate)
         if checkpoint.is_ours:
             return build_config(checkpoint.meta["config"], overrides=overrides)
-    raise UserError("no configuration: name one with --config-file, e.g. --config-file configs/MITH/config.yaml")
+    or_folder = ", or the folder of the run with --save-dir" if options.resume else ""
+    raise UserError(
+        f"no configuration: name one with --config-file, e.g. --config-file configs/MITH/config.yaml{or_folder}"
+    )
 
 
 def list_registered() -> str:
@@ -134,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for the user's mistakes, 75 or 130 when the run can go on, 1 for a defect.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     setup_logging()
     try:
         launch.meet()

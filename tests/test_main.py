@@ -3,10 +3,12 @@
 import os
 import pickle
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 
 from common.errors import UserError
 from main import import_file
-from tests.commands import ROOT, refused, run
+from tests.commands import ROOT, finish, refused, run, start
 from utils.files import FolderLock
 
 MITH = ["--config-file", str(ROOT / "configs/MITH/coco.yaml")]
@@ -232,11 +234,23 @@ def test_yaml_syntax(tmp_path: Path) -> None:
     assert "bad.yaml, line 3" in line
 
 
-def test_no_config_and_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_config_and_unknown_options(tmp_path: Path) -> None:
     assert "--config-file" in refused("run.epochs=3")
-    with pytest.raises(SystemExit) as stop:
-        run("--config", "x")
-    assert stop.value.code == 2
+    assert "did you mean '--config-file'" in refused("--config", "x")
+    assert "did you mean '--save-dir'" in refused("--save_dir=x")
+    assert "--device: expected one argument" in refused("--device")
+    assert "--save-dir" in refused("--resume")
+    line = refused("--resume", "--save-dir", tmp_path)
+    assert f"{tmp_path} holds no run" in line and "--config-file" in line
+
+
+def test_ctrl_c_while_packages_load() -> None:
+    process = start("--list")
+    while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, _, err = finish(process)
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
 
 
 def test_cuda_that_is_not_there(tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
