@@ -158,7 +158,9 @@ class MatDataset(PairedDataset):
             raise UserError(
                 f"{captions} has {len(texts)} lines, but there are {queries} queries; write one caption per query"
             )
-        paths = resolve_paths([f"{number}.png" for number in range(1, queries + 1)], Path(images), images)
+        files = [f"{number}.png" for number in range(1, queries + 1)]
+        remedy = "make them with data/make_generated_images.py, or set dataset.counterpart_images"
+        paths = resolve_paths(files, Path(images), images, remedy)
         numbers = torch.arange(len(self.pictures), len(self.pictures) + queries)
         self.pictures = JoinedPictures(self.pictures, PictureFiles(paths, images))
         columns = self.columns["query"]

@@ -230,7 +230,10 @@ class JoinedPictures(Pictures):
         return (self.first, number) if number < before else (self.second, number - before)
 
 
-def resolve_paths(index: Sequence[str], root: Path, place: str) -> list[str]:
+FIND_PICTURES = "set dataset.image_root to the folder that holds them, or fetch them"
+
+
+def resolve_paths(index: Sequence[str], root: Path, place: str, remedy: str = FIND_PICTURES) -> list[str]:
     """Finds the files that an index names, wherever the index was written.
 
     Tries the longest end of each path that exists under `root`, so paths with foreign prefixes are found: of
@@ -241,6 +244,7 @@ def resolve_paths(index: Sequence[str], root: Path, place: str) -> list[str]:
         index: Paths, relative or absolute, with `/` or a backslash.
         root: The folder.
         place: What lists them, for messages.
+        remedy: What to do about missing pictures, for messages.
 
     Returns:
         One path per entry.
@@ -270,7 +274,7 @@ def resolve_paths(index: Sequence[str], root: Path, place: str) -> list[str]:
     if missing:
         raise UserError(
             f"{place}: picture {index[missing[0]]!r} (row {missing[0]}) is not under {root}; {len(missing)} of "
-            f"{len(index)} pictures are missing: set dataset.image_root to the folder that holds them, or fetch them"
+            f"{len(index)} pictures are missing: {remedy}"
         )
     return found
 

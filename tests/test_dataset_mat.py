@@ -558,7 +558,7 @@ def test_generated_counterparts_mistakes(root):
     )
     refused(r"none\.txt cannot be read", root, **settings | {"counterpart_captions": "none.txt"})
     (root / "generated" / "5.png").unlink()
-    refused(r"picture '5\.png' \(row 4\) is not under", root, **settings)
+    refused(r"picture '5\.png' \(row 4\) is not under .*missing: make them with data/make_gen", root, **settings)
     (root / "generated.txt").write_text("one\n")
     refused(r"has 1 lines, but there are 6 queries", root, **settings)
 
