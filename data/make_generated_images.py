@@ -40,12 +40,12 @@ from data.generation import (
 from dataset.base import PairedDataset
 from dataset.columns import CaptionColumn
 from dataset.draws import Purpose, uniform
+from dataset.mat import COUNTERPART_SOURCE
 from dataset.pictures import PictureFiles
 from utils.files import atomic, write_json, write_text
 from utils.logging import progress
 
 log = logging.getLogger(__name__)
-SOURCE = "source.json"
 CAPTIONS = "captions.txt"
 JOURNAL = ".captions.part"
 
@@ -80,7 +80,8 @@ def make(options: argparse.Namespace, config: Config, device: torch.device) -> N
     """
     for package in ("diffusers", "transformers"):
         optional(package)  # before hours of work with one of them
-    texts = query_texts(open_bare_dataset(config), config)
+    data = open_bare_dataset(config)
+    texts = query_texts(data, config)
     folder = options.output or Path(config.dataset.root) / "generated"
     source = {
         "model": options.model,
@@ -90,6 +91,7 @@ def make(options: argparse.Namespace, config: Config, device: torch.device) -> N
         "seed": options.seed,
         "batch_size": options.batch_size,
         "texts": digest(texts),
+        "queries": data.query_fingerprint,
     }
     with claimed(folder):
         _claim_contents(folder, source)
@@ -174,7 +176,7 @@ def open_pipeline(model: str, device: torch.device) -> Any:
 
 def _claim_contents(folder: Path, source: dict[str, Any]) -> None:
     """Notes what the folder's pictures are made from; refuses a folder with other pictures."""
-    path = folder / SOURCE
+    path = folder / COUNTERPART_SOURCE
     if path.exists():
         try:
             same = json.loads(path.read_text(encoding="utf-8")) == source

@@ -5,6 +5,7 @@ it (tokens, splits, loaders) is shared.
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -283,6 +284,12 @@ class PairedDataset(ABC):
     def __len__(self) -> int:
         """Number of pairs N, all splits together."""
         return len(self.labels)
+
+    @property
+    def query_fingerprint(self) -> str:
+        """Short digest of the names of the query items in order: what pictures generated for them belong to."""
+        names = [self.names[number] for number in self.splits.query.tolist()]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
 
     def offers(self, split: Split) -> dict[str, tuple[int, ...]]:
         """Shape of one row of every batch field that a split offers."""

@@ -3,6 +3,7 @@
 Reads what the authors of DCMHT, DSPH, DNPH, MITH, VTPH and DCMH distribute, without conversion.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
@@ -31,6 +32,7 @@ LABEL_KEYS = ("category", "label", "labels", "LAll")
 IMAGE_CAPTION_KEYS = ("image_caption",)
 QUERY_LIST_KEYS = ("indexQuery", "param/indexQuery")
 DATABASE_LIST_KEYS = ("indexDatabase", "param/indexDatabase")
+COUNTERPART_SOURCE = "source.json"  # what data/make_generated_images.py notes beside the pictures it makes
 
 
 class MatConfig(PairedConfig):
@@ -153,6 +155,7 @@ class MatDataset(PairedDataset):
         queries = len(self.splits.query)
         if not Path(images).is_dir():
             raise UserError(f"{images} (dataset.counterpart_images) is not a folder; make the pictures or set its path")
+        self._require_same_queries(Path(images))
         texts = read_lines(Path(captions))
         if len(texts) != queries:
             raise UserError(
@@ -167,6 +170,18 @@ class MatDataset(PairedDataset):
         columns["counterpart_image"] = PictureColumn(numbers, self.picture_shape)
         tokens = Captions([[text] for text in texts], self.config.text_length)
         columns["counterpart_caption"] = CaptionColumn(tokens, torch.arange(queries))
+
+    def _require_same_queries(self, folder: Path) -> None:
+        """Refuses pictures that are noted as made for other queries; those of other programs are taken as they are."""
+        try:
+            source = json.loads((folder / COUNTERPART_SOURCE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(source, dict) and source.get("queries", self.query_fingerprint) != self.query_fingerprint:
+            raise UserError(
+                f"{folder} (dataset.counterpart_images) holds pictures made for other queries; set the dataset.split "
+                "that they were made for, or make those of this split with data/make_generated_images.py"
+            )
 
 
 def _file(root: Path, names: Sequence[str], key: str) -> Path:

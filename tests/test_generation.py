@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from data import generation, make_generated_images, make_image_captions
 from data.generation import Journal
 from tests import commands, datasets
@@ -216,12 +217,14 @@ def test_pictures_for_queries_and_their_captions(diffusion: Path, blip: Path, ro
     assert captioned(blip, root) == 0
     assert generated(diffusion, blip, root) == 0
     folder = root / "generated"
-    data = datasets.opened(
-        root,
-        query_counterpart="generated",
-        counterpart_images=str(folder),
-        counterpart_captions=str(folder / "captions.txt"),
-    )
+    settings: dict[str, Any] = {
+        "query_counterpart": "generated",
+        "counterpart_images": str(folder),
+        "counterpart_captions": str(folder / "captions.txt"),
+    }
+    data = datasets.opened(root, **settings, split=datasets.permutation(1, 6, 10))  # the seed of VTPH's config
+    with pytest.raises(UserError, match=r"made for other queries; set the dataset\.split"):
+        datasets.opened(root, **settings, split=datasets.permutation(2, 6, 10))
     number = int(data.columns["query"]["counterpart_image"].numbers[5])
     assert data.pictures.read(number).size == (32, 32)
     names = {"source.json", "captions.txt", *(f"{number}.png" for number in range(1, 7))}
