@@ -9,10 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from common.config import Section
+from common.errors import UserError
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.clip import CLIP
 
@@ -112,19 +114,28 @@ class HashingModel(nn.Module, ABC):
         """Renames the entries of a state dict that the authors' code (or the unified peer) wrote to ours.
 
         Works on any part of one, so gradients can be renamed too. Each name is rewritten by every pair of
-        `reference_names` whose pattern it matches, in order; an empty result drops the entry.
+        `reference_names` whose pattern it matches, in order; an empty result drops the entry. Several names may stand
+        for one of ours, such as a module that was saved twice.
 
         Args:
             state: Tensors under the reference's key names, any shapes.
 
         Returns:
             The same tensors under this model's key names.
+
+        Raises:
+            UserError: If names that stand for one of ours hold different tensors.
         """
         renamed: dict[str, Tensor] = {}
         for name, value in state.items():
             new = name
             for pattern, replacement in cls.reference_names:
                 new = re.sub(pattern, replacement, new)
+            if new in renamed and not torch.equal(renamed[new], value):
+                raise UserError(
+                    f"the checkpoint holds two different tensors for {new}, the second as {name}, but {cls.__name__} "
+                    "has one; it is damaged, or of another method"
+                )
             if new:
                 renamed[new] = value
         return renamed

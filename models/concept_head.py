@@ -291,7 +291,7 @@ class ConceptBanks(nn.Module):
 
 
 CONCEPT_HEAD_NAMES = (  # reference name -> ours, for `reference_names` of methods with a ConceptHead
-    (r"^hash\.gcl_t\..*", ""),  # the same module saved under a second name
+    (r"^hash\.gcl_t\.", "hash.gcl_i."),  # the same module saved under a second name
     (r"^hash\.lct_[it]\.position\.pe$", ""),  # a fixed table
     (r"^hash\.gcl_i\.mlp\.lns\.(\d+)\.", r"head.global_concepts.mlp.\1.norm."),
     (r"^hash\.gcl_i\.mlp\.mlps\.(\d+)\.0\.", r"head.global_concepts.mlp.\1.expand."),

@@ -345,6 +345,14 @@ def test_the_authors_checkpoint_file_loads(tmp_path: Path) -> None:
     assert torch.equal(state["head.text_concepts.bit_biases.7"], parts["hash"]["lct_t.hashing.fc_list.7.bias"])
 
 
+def test_a_checkpoint_whose_shared_module_is_two_is_refused() -> None:
+    with np.load(GOLDEN) as file:
+        state = {name.removeprefix("sd/"): torch.from_numpy(file[name]) for name in file.files if name[:3] == "sd/"}
+    state["hash.gcl_t.mlp.lns.1.bias"] = state["hash.gcl_t.mlp.lns.1.bias"] + 1
+    with pytest.raises(UserError, match=r"two different tensors for head\.global_concepts\.mlp\.1\.norm\.bias"):
+        VTPH.import_reference(state)
+
+
 # ---------------------------------------------------------------------------------------------- data and command line
 
 
