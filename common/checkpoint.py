@@ -100,11 +100,23 @@ def load(path: Path) -> Checkpoint:
             ) from None
         raise UserError(f"checkpoint {path} cannot be read: truncated, or no checkpoint; use another one") from None
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        return Checkpoint(json.loads(content["meta"]), content["model"], content["optimizers"], path)
+        return _ours(content, path)
     state = dict(_flatten(content)) if isinstance(content, Mapping) else {}
     if not state:
         raise UserError(f"checkpoint {path} holds no tensors by name; it must be a state dict")
     return Checkpoint({}, state, path=path)
+
+
+def _ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    try:
+        meta, model, optimizers = json.loads(content["meta"]), dict(content["model"]), dict(content["optimizers"])
+        whole = isinstance(meta, dict) and all(isinstance(value, Tensor) for value in model.values())
+        whole = whole and isinstance(meta.get("config", {}), dict)
+    except (KeyError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"checkpoint {path} was not written whole by this library; use an earlier one")
+    return Checkpoint(meta, model, optimizers, path)
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -129,7 +141,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The files, oldest first."""
-        return sorted(self.folder.glob("step-*.pt"))
+        return sorted(path for path in self.folder.glob("step-*.pt") if path.stem.removeprefix("step-").isdecimal())
 
     def path_of(self, step: int) -> Path:
         """The file with the state after `step` steps."""

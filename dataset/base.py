@@ -317,6 +317,10 @@ class PairedDataset(ABC):
                 f"data set {self.config.name} has no {field!r} for the {split} split; {self.way_out(field, split)}"
             )
 
+    def promised(self, split: Split) -> frozenset[str]:  # noqa: ARG002 - most data sets promise nothing
+        """Fields that methods can do without, but that the settings say texts of a split go with."""
+        return frozenset()
+
     def way_out(self, field: str, split: Split) -> str:
         """What the user can do when `split` does not offer `field`."""
         return f"it offers {', '.join(self.columns[split])}: choose another data set or method"

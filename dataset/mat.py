@@ -102,7 +102,8 @@ class MatDataset(PairedDataset):
         if field in ("image_caption", "counterpart_image", "counterpart_caption"):
             if "image_caption" not in self.columns["train"]:
                 names = ", ".join(config.image_captions) or "a file named in dataset.image_captions"
-                return f"put one of {names} into {config.root} (data/make_image_captions.py makes it)"
+                alone = f", or set dataset.{split}_counterpart=text_only" if field.startswith("counterpart_") else ""
+                return f"put one of {names} into {config.root} (data/make_image_captions.py makes it){alone}"
             return "set dataset.query_counterpart to generated (and name the generated pictures) or paired"
         return super().way_out(field, split)
 
@@ -118,6 +119,11 @@ class MatDataset(PairedDataset):
         query, database = (partners[self._counterpart(split)] for split in ("query", "database"))
         oracle = ", an oracle: do not report these numbers" if self.config.query_counterpart == "paired" else ""
         return (f"query texts are encoded {query}{oracle}", f"database texts are encoded {database}")
+
+    def promised(self, split: Split) -> frozenset[str]:
+        """As `PairedDataset.promised`."""
+        alone = self._counterpart(split) == "text_only"
+        return frozenset() if alone else frozenset({"counterpart_image", "counterpart_caption"})
 
     def _counterpart(self, split: Split) -> Literal["generated", "text_only", "paired"]:
         """What stands beside the texts of a split; training texts have their own picture."""

@@ -179,7 +179,7 @@ def evaluate_file(config: Config, path: Path) -> None:
     device = pick_device(config.run.device, config.run.distribute)
     loaded = load(path)
     dataset = open_dataset(config)
-    model = build_model(config, dataset, loaded, device)
+    model = build_model(config, dataset, loaded, device, training=False)
     query, database, reports = Evaluator(config, dataset, model, device).evaluate()
     if is_main():
         folder = config.run_folder

@@ -89,7 +89,7 @@ class Runner:
         self.dataset = open_dataset(self.config)
         if loaded is not None:
             check_resumable(loaded, self.config, self.dataset)
-        self.model = build_model(self.config, self.dataset, loaded, self.device)
+        self.model = build_model(self.config, self.dataset, loaded, self.device, training=True)
         self.evaluator = Evaluator(self.config, self.dataset, self.model, self.device)
         self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)

@@ -120,7 +120,7 @@ def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) 
 
 
 def build_model(
-    config: Config, dataset: PairedDataset, loaded: Checkpoint | None, device: torch.device
+    config: Config, dataset: PairedDataset, loaded: Checkpoint | None, device: torch.device, *, training: bool
 ) -> HashingModel:
     """The model on its device: prepared afresh, or with the weights of a checkpoint.
 
@@ -129,14 +129,16 @@ def build_model(
         dataset: The open data set.
         loaded: A checkpoint of this library, or a state dict that the authors' code wrote; None to start afresh.
         device: Where the model goes.
+        training: Whether it will be trained, which needs fields that encoding may not.
 
     Raises:
         UserError: If the data lack a field that the method needs, or the checkpoint does not fit the model.
     """
     cls: type[HashingModel] = MODELS.get(config.model.name)
-    dataset.require("train", cls.fields - cls.optional_fields)
+    if training:
+        dataset.require("train", cls.fields - cls.optional_fields)
     for split in ENCODED_SPLITS:
-        dataset.require(split, (cls.image_fields | cls.text_fields) - cls.optional_fields)
+        dataset.require(split, (cls.image_fields | cls.text_fields) - (cls.optional_fields - dataset.promised(split)))
     state: dict[str, Tensor] = {}
     if loaded is not None:
         state = loaded.model if loaded.is_ours else cls.import_reference(loaded.model)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import Checkpoints, load, require_same, save
+from common.checkpoint import FORMAT, Checkpoints, load, require_same, save
 from common.errors import UserError
 
 
@@ -116,6 +116,30 @@ def test_if_all_are_damaged_nothing_begins_anew(tmp_path: Path, caplog: pytest.L
     with pytest.raises(UserError, match=r"step-00000006\.pt .*the last of 2 in .* remove the folder of the run"):
         kept.newest()
     assert "step-00000008.pt" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "part", [{"meta": None}, {"meta": "{"}, {"meta": "[]"}, {"meta": '{"config": 3}'}, {"model": 3}, {"optimizers": 3}]
+)
+def test_own_files_with_a_part_missing_are_named(tmp_path: Path, part: dict[str, object]) -> None:
+    kept = Checkpoints(tmp_path, keep=2)
+    kept.save(1, {}, {"w": torch.zeros(1)}, {})
+    content = {"format": FORMAT, "meta": "{}", "model": {}, "optimizers": {}, **part}
+    torch.save({key: value for key, value in content.items() if value is not None}, kept.path_of(2))
+    with pytest.raises(UserError, match=r"step-00000002\.pt was not written whole"):
+        load(kept.path_of(2))
+    newest = kept.newest()
+    assert newest is not None and newest.path == kept.path_of(1)
+
+
+def test_files_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep=1)
+    path = kept.save(1, {}, {"w": torch.zeros(1)}, {})
+    copy = tmp_path / "step-00000001 (copy).pt"
+    copy.write_bytes(path.read_bytes())
+    assert kept.paths() == [path]
+    kept.save(2, {}, {"w": torch.zeros(1)}, {})
+    assert sorted(tmp_path.iterdir()) == [copy, kept.path_of(2)]
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:

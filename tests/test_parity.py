@@ -98,6 +98,57 @@ def test_entries_of_openai_s_file_that_are_no_weights(tmp_path: Path) -> None:
     assert len(rows) == 3 and all(row.passed for row in rows), [str(row) for row in rows]
 
 
+DIMCH, UMOED = "DIMCH-unified-b64B13C80s2101.npz", "UMoED-unified-b16B8C24s2202.npz"
+SIMILARITY = {"temperature": 8.0, "scale": 0.5, "denominator": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "wanted"),
+    [
+        (DIMCH, {"model__distance__mode": "max"}, {"distance": "max"}),
+        (
+            DIMCH,
+            {"model__chamfer__mmd_gamma": 1, "model__hash_pars__quan_alpha": 2},
+            {"discrepancy_gamma": 1.0, "quantization_weight": 2.0},
+        ),
+        (UMOED, {"model__distance_mode": "euclidean"}, {"distance": "euclidean"}),
+        (UMOED, {"model__distance__mode": "chamfer"}, {"distance": "chamfer"}),
+        (UMOED, {"model__extreme": False}, {"distribution_temperature": None}),
+        (UMOED, {"model__extreme_T": 0.02}, {"distribution_temperature": 0.02}),
+        (UMOED, {"model__decoder_heads": 2, "model__chamfer__token_triplet_margin": 0.5}, {"heads": 2, "margin": 0.5}),
+        ("TwDH-unified-b16B8C24s2003.npz", {"model__low_rate": 0, "bits": 32}, {"low_rate": 0.0, "bits": 32}),
+        (
+            "VTPH-original-b16B8C24s1901.npz",
+            {"model__top_k_label": 3, "model__vtp_heads": 8},
+            {"top_k": 3, "prompt_heads": 8},
+        ),
+    ],
+    ids=str,
+)
+def test_other_settings_of_a_case_reach_the_model(
+    source: str, changes: dict[str, Any], wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    if source in (DIMCH, UMOED):
+        for name, ours in (("temperature", "temperature"), ("temperature_txt_scale", "scale"), ("denominator",) * 2):
+            changes = {f"model__distance__{name}": SIMILARITY[ours], **changes}
+        wanted = {**wanted, "set_similarity": SIMILARITY}
+    path = change_case(source, tmp_path / source, lambda name: name.startswith(("cfg", "in/", "sd/")), **changes)
+    with np.load(path) as file:
+        case = open_case(json.loads(str(file["cfg"])), {name: file[name] for name in file.files})
+    config: Any = case.build().config
+    assert config.model_dump().items() >= wanted.items()
+
+
+def test_features_of_the_query_path_are_compared_where_a_case_records_them(tmp_path: Path) -> None:
+    source = "VTPH-original-b16B8C24s1901.npz"
+    with np.load(GOLDEN / source) as file:
+        arrays = {name: file[name] for name in file.files if not name.startswith(("traj/", "grad/", "loss/"))}
+    arrays["out_query/image_trans_tokens"] = arrays["out/image_trans_tokens"]  # a picture's path is the same
+    np.savez(tmp_path / source, **arrays)
+    rows = {row.quantity: row for row in check_file(tmp_path / source)}
+    assert rows["intermediate outputs"].passed and rows["intermediate outputs"].note == "15 arrays"
+
+
 def test_what_a_case_does_not_record_is_not_compared(tmp_path: Path) -> None:
     source = "MITH-unified-b16B8C24s1401.npz"
     path = change_case(source, tmp_path / source, lambda name: not name.startswith(("traj/", "loss/", "grad/")))

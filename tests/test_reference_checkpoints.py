@@ -10,7 +10,11 @@ from torch import Tensor
 
 from common.config import load_config
 from dataset.tokenizer import END_OF_TEXT
+from models.center_files import write_centers
+from models.clip_weights import write_clip
+from models.hash_centers import HashCenters
 from runners.setup import ENCODED_SPLITS, make_loader, open_dataset
+from tests import tiny_data
 from tests.commands import ROOT, refused, run
 from tests.parity_cases import open_case
 
@@ -24,7 +28,14 @@ CASES = [  # golden file, settings of its variant, start of the names that the a
     ("DSPH-unified-b16B13C80s1501", [], None),  # proxies of 80 classes, for data of 4
     ("DNPH-original-b16B13C80s1801", [], "DNPH."),
     ("DNPH-unified-b16B8C24s1701", [], None),
+    ("DIMCH-unified-b64B13C80s2101", ["model.bits=64", "model.set_size=8"], None),
+    (
+        "UMoED-unified-b16B8C24s2202",
+        ["model.set_size=8", "model.layers=2", "model.heads=8", "model.mixture={experts: 2, slots: 3}"],
+        None,
+    ),
 ]
+TWDH, VTPH = "TwDH-unified-b16B8C24s2003", "VTPH-original-b16B8C24s1901"
 
 
 def read(name: str, rows: int) -> tuple[dict[str, object], dict[str, np.ndarray]]:
@@ -65,18 +76,64 @@ def test_codes_are_those_of_the_case(
         path = save(arrays, tmp_path / f"model-{number}.pth", left_out, prefix)
         code, _, err = run("--config-file", file, "--save-dir", tmp_path / "run", *entries, "--evaluate", path)
         assert code == 0, err
+    for number in range(len(prefixes)):
+        assert_codes(cfg, arrays, file, entries, tmp_path / f"run/codes-model-{number}.npz")
+
+
+def assert_codes(
+    cfg: dict[str, object], arrays: dict[str, np.ndarray], file: Path, entries: list[str], written: Path
+) -> None:
+    """The codes in a file are those that the case's model makes of the same data."""
     model = open_case(cfg, arrays).build().eval()
-    config = load_config(file, [*entries, f"run.save_dir={tmp_path / 'run'}"])
+    config = load_config(file, entries)
     dataset = open_dataset(config)
-    for split, key in zip(ENCODED_SPLITS, ("q", "r"), strict=True):
-        fields = model.image_fields | model.text_fields
-        for batch in make_loader(config, dataset, split, fields, torch.device("cpu")).once():
-            with torch.no_grad():
-                wanted = {"img": model.encode_image(batch), "txt": model.encode_text(batch)}
-            for number in range(len(prefixes)):
-                with np.load(tmp_path / f"run/codes-model-{number}.npz") as written:
-                    for modality, codes in wanted.items():
-                        np.testing.assert_array_equal(written[f"{key}_{modality}"][batch["index"]], codes)
+    with np.load(written) as found:
+        for split, key in zip(ENCODED_SPLITS, ("q", "r"), strict=True):
+            fields = (model.image_fields | model.text_fields) & dataset.offers(split).keys()
+            for batch in make_loader(config, dataset, split, frozenset(fields), torch.device("cpu")).once():
+                with torch.no_grad():
+                    images = model.encode_image(batch.only(model.image_fields))
+                    texts = model.encode_text(batch.only(model.text_fields))
+                for modality, codes in (("img", images), ("txt", texts)):
+                    assert len(codes.unique(dim=0)) > 1
+                    np.testing.assert_array_equal(found[f"{key}_{modality}"][batch["index"]], codes)
+
+
+def test_twdh_with_the_centres_of_its_authors(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """Its checkpoints hold no centres; those of as many classes as the data have come from a file."""
+    cfg, arrays = read(TWDH, END_OF_TEXT + 1)
+    few, long = len(tiny_data.COLOURS), torch.from_numpy(arrays["in/long_center"])
+    short, transforms = (
+        {int(name.rpartition("/")[2]): torch.from_numpy(x) for name, x in arrays.items() if name.startswith(kind)}
+        for kind in ("in/short_center/", "in/trans/")
+    )
+    folder = tmp_path / "centers"
+    folder.mkdir()
+    centers = HashCenters(long[:few], {bits: x[:few] for bits, x in short.items()}, transforms)
+    write_centers(folder / f"{long.shape[1]}.safetensors", centers, {})
+    more = ["model.long_bits=64", "model.short_bits=[16, 32]", "model.centers=file", "model.transform=file"]
+    file, entries = settings(TWDH, tiny_overrides, [*more, f"model.center_folder={folder}"])
+    path = save(arrays, tmp_path / "model.pth")
+    code, _, err = run("--config-file", file, "--save-dir", tmp_path / "run", *entries, "--evaluate", path)
+    assert code == 0, err
+    assert_codes(cfg, arrays, file, entries, tmp_path / "run/codes-model.npz")
+
+
+def test_vtph_of_two_parts_beside_a_clip(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    cfg, arrays = read(VTPH, END_OF_TEXT + 1)
+    parts: dict[str, dict[str, Tensor]] = {"clip": {}, "vtp": {}, "hash": {}}
+    for key, array in arrays.items():
+        if key.startswith("sd/"):
+            part, _, name = key.removeprefix("sd/").partition(".")
+            parts[part][name] = torch.from_numpy(array)
+    write_clip(tmp_path / "clip.safetensors", parts.pop("clip"), {"source": "golden case"})
+    path = tmp_path / "model.pth"
+    torch.save(parts, path)
+    more = [f"model.backbone={tmp_path / 'clip.safetensors'}", "model.prompt_heads=16"]
+    file, entries = settings(VTPH, tiny_overrides, more)
+    code, _, err = run("--config-file", file, "--save-dir", tmp_path / "run", *entries, "--evaluate", path)
+    assert code == 0, err
+    assert_codes(cfg, arrays, file, entries, tmp_path / "run/codes-model.npz")
 
 
 def test_a_token_table_too_short_for_the_texts_is_refused(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -67,6 +67,15 @@ def test_after_an_exception_with_other_workers(whole: Path, tiny_overrides: list
     assert losses(tmp_path) == losses(whole)
 
 
+def test_a_damaged_record_keeps_no_run_from_going_on(whole: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    stopped_run(tmp_path, tiny_overrides)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'\0\0\0\n\xff\n[1]\n{"step": 1}\n{"step": "a", "event": 3}\n')
+    state = go_on(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=0"]))
+    assert_same_state(final_state(whole), state)
+    assert losses(tmp_path) == losses(whole)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(
     whole: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -427,6 +427,18 @@ def test_missing_image_captions_are_named(tmp_path: Path, tiny_overrides: list[s
     assert "make_image_captions.py" in error
 
 
+def test_evaluation_without_image_captions_encodes_texts_alone(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    settings = [*arguments(tmp_path / "run", tiny_overrides), "run.epochs=1"]
+    assert commands.run(*settings)[0] == 0
+    checkpoint = ["--evaluate", str(tmp_path / "run" / "best.pt")]
+    alone = ["dataset.image_captions=[none.mat]", "dataset.database_counterpart=text_only"]
+    error = commands.refused(*settings, alone[0], *checkpoint)
+    assert "for the database split" in error and "or set dataset.database_counterpart=text_only" in error
+    code, out, err = commands.run(*settings, *alone, *checkpoint)
+    assert code == 0, err
+    assert "note: database texts are encoded alone, without a counterpart" in out
+
+
 def test_image_captions_of_another_length_are_named(tmp_path: Path, tiny_overrides: list[str]) -> None:
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     error = commands.refused(

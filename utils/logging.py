@@ -81,7 +81,7 @@ class Record:
     def __init__(self, folder: Path, upto: int) -> None:
         self._path = folder / "log.jsonl"
         if self._path.exists():
-            kept = (line for line in self._lines() if _is_before(json.loads(line), upto))
+            kept = (line for line in self._lines() if _is_before(line, upto))
             write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self._board: Any = None
@@ -108,11 +108,18 @@ class Record:
 
     def _lines(self) -> list[str]:
         """Whole lines; a process killed while writing leaves a part of one at the end."""
-        lines = self._path.read_text(encoding="utf-8").split("\n")
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
         return [line for line in lines[:-1] if line]
 
 
-def _is_before(event: Mapping[str, Any], upto: int) -> bool:
-    """Whether an event precedes the checkpoint after `upto` steps; an evaluation follows the checkpoint of its step."""
-    known: bool = event["step"] < upto or (event["step"] == upto and event["event"] != "evaluation")
+def _is_before(line: str, upto: int) -> bool:
+    """Whether an event precedes the checkpoint after `upto` steps; an evaluation follows the checkpoint of its step.
+
+    A line that is no event, as a power cut may leave one, does not: the record must not keep a run from going on.
+    """
+    try:
+        event = json.loads(line)
+        known: bool = event["step"] < upto or (event["step"] == upto and event["event"] != "evaluation")
+    except (ValueError, TypeError, LookupError):
+        return False
     return known

@@ -15,18 +15,16 @@ CONCEPT_BUFFERS = {
 }
 
 
-def concept_outputs(name: str, codes: ConceptCodes, aligned: Tensor | None) -> dict[str, Tensor]:
+def concept_outputs(name: str, codes: ConceptCodes, aligned: Tensor) -> dict[str, Tensor]:
     """What the references store of a modality, by the part of its name behind `out/`; `aligned` is [B, K, E]."""
-    stored = {
+    return {
         f"{name}_code": codes.global_hash + codes.local_hash,
         f"{name}_binary": codes.codes,
         f"{name}_cls_hash": codes.global_hash,
         f"{name}_tokens_hash": codes.local_hash,
         f"{name}_res_cls": codes.feature,
+        f"{name}_trans_tokens": aligned.transpose(0, 1),
     }
-    if aligned is not None:
-        stored[f"{name}_trans_tokens"] = aligned.transpose(0, 1)
-    return stored
 
 
 class Case(MethodCase):

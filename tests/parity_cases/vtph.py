@@ -73,21 +73,15 @@ class Case(MethodCase):
         image = model.hash_image(tokens)
         with_counterpart = model.hash_text(text, adapted, (tokens[:, 0], caption))
         alone = model.hash_text(text, adapted, None)
-        aligned_image, aligned_text = model.head.align(image.concepts, with_counterpart.concepts)
-        stored = self._stored("out", model, image, with_counterpart, (aligned_image, aligned_text), self.batch)
         without = self.batch.only(frozenset({"image", "text"}))
-        return stored | self._stored("out_query", model, image, alone, (None, None), without)
+        stored = self._stored("out", model, image, with_counterpart, self.batch)
+        return stored | self._stored("out_query", model, image, alone, without)
 
     def _stored(
-        self,
-        prefix: str,
-        model: VTPH,
-        image: ConceptCodes,
-        text: ConceptCodes,
-        aligned: tuple[Tensor | None, Tensor | None],
-        batch: Batch,
+        self, prefix: str, model: VTPH, image: ConceptCodes, text: ConceptCodes, batch: Batch
     ) -> dict[str, Tensor]:
-        """What is stored of one path; the binary codes as users get them."""
-        stored = concept_outputs("image", image, aligned[0]) | concept_outputs("text", text, aligned[1])
+        """What may be stored of one path; the binary codes as users get them."""
+        aligned_image, aligned_text = model.head.align(image.concepts, text.concepts)
+        stored = concept_outputs("image", image, aligned_image) | concept_outputs("text", text, aligned_text)
         stored["image_binary"], stored["text_binary"] = model.encode_image(batch), model.encode_text(batch)
         return {f"{prefix}/{name}": value for name, value in stored.items()}
