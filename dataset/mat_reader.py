@@ -197,7 +197,7 @@ def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool) -> Array:
     value = np.asarray(data[()]).T
     if h5py.check_ref_dtype(data.dtype) is not None:
         cells = np.empty(value.shape, dtype=object)
-        for place in progress(np.ndindex(value.shape), total=value.size, desc=f"cells of {data.name}", unit="cell"):
+        for place in progress(np.ndindex(value.shape), total=value.size, desc=f"cells of {data.name}", leave=False):
             cells[place] = _hdf5_value(file, file[value[place]], text)
         return cells
     if kind == "char" or (text and not kind and value.dtype in (np.uint16, np.uint32)):

@@ -109,7 +109,7 @@ class PictureMemory:
         threads = len(os.sched_getaffinity(0))
         with (
             ThreadPoolExecutor(threads) as pool,
-            progress(total=len(numbers), desc=f"pictures of {self.name}", unit="picture") as bar,
+            progress(total=len(numbers), desc=f"pictures of {self.name}", unit="picture", leave=False) as bar,
         ):
             for start in range(0, len(numbers), _CHUNK):
                 part = numbers[start : start + _CHUNK]

@@ -42,7 +42,7 @@ class Captions:
         """Ids of all captions of all items, item after item, [captions, L] int32."""
         flat = [caption for captions in self.texts for caption in captions]
         tokens = torch.empty(len(flat), self.length, dtype=torch.int32)
-        with progress(total=len(flat), desc="tokens", unit="text") as bar:
+        with progress(total=len(flat), desc="tokens", unit="text", leave=False) as bar:
             for start in range(0, len(flat), _PART):
                 part = flat[start : start + _PART]
                 tokens[start : start + len(part)] = tokenize(part, self.length)

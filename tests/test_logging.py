@@ -17,11 +17,20 @@ def _same_handlers_afterwards():
     root.setLevel(level)
 
 
-def test_short_work_leaves_no_line_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_passing_work_leaves_no_line_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    for number in progress(range(3), desc="passing", unit="thing", leave=False):
+        logging.getLogger("somebody").info("line %d", number)
+    assert capsys.readouterr().err == "line 0\nline 1\nline 2\n"
+
+
+def test_short_work_leaves_its_begin_and_end(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     for number in progress(range(3), desc="short", unit="thing"):
         logging.getLogger("somebody").info("line %d", number)
-    assert capsys.readouterr().err == "line 0\nline 1\nline 2\n"
+    first, *lines, last = capsys.readouterr().err.splitlines()
+    assert lines == ["line 0", "line 1", "line 2"]
+    assert first.startswith("short:   0%") and last.startswith("short: 100%") and "thing/s" in last
 
 
 def test_long_work_has_lines_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import pytest
 import scipy.io
 from PIL import Image
 from scipy.io import loadmat
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from common.errors import UserError
 from data import make_coco, make_mirflickr25k, make_nuswide, make_wiki, mat_files, preparation

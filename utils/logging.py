@@ -45,12 +45,14 @@ def setup_logging() -> None:
 def progress(items: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     """A progress bar with rate and remaining time; silent on all processes but the first.
 
-    A log file gets a line every 15 seconds, and nothing of what takes less.
+    A log file gets the first and the last state and one every 15 seconds, each on a line of its own; of bars with
+    `leave=False`, which are passing, nothing before 15 seconds.
     """
     if sys.stderr.isatty():
         look: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True}
     else:
-        look = {"mininterval": 15.0, "delay": 15.0, "file": _Lines()}
+        delay = 0.0 if options.get("leave", True) else 15.0
+        look = {"mininterval": 15.0, "delay": delay, "file": _Lines()}
     return tqdm(items, disable=not is_main(), **look, **options)
 
 
