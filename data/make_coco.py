@@ -171,7 +171,7 @@ def read_json(path: Path, wanted: Mapping[str, Callable[[dict[str, Any]], None]]
                     reader.skip(",")
     except EOFError:
         raise UserError(f"{path}: ends in the middle; unpack annotations_trainval2017.zip again") from None
-    except (JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # JSONDecodeError is a ValueError
         raise UserError(f"{path}: is damaged ({error}); unpack annotations_trainval2017.zip again") from error
     if missing:
         raise UserError(f"{path}: has no list {', '.join(sorted(missing))}; is it another file under this name?")

@@ -92,6 +92,10 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         ("[1, 2]", "is damaged"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "is damaged"),
         ('{"images": [7], "annotations": [], "categories": []}', "is damaged"),
+        (
+            f'{{"images": [], "annotations": [{{"image_id": {10**30}, "category_id": 1}}], "categories": []}}',
+            "is damaged",
+        ),
         ('{"images": [], "annotations": [{"image_id": 5, "category_id": 1}], "categories": []}', "names picture 5"),
     ],
 )
@@ -100,6 +104,13 @@ def test_damaged_json(tmp_path: Path, content: str, said: str) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=said):
         read_objects(path)
+
+
+def test_a_caption_of_a_picture_that_has_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "captions_train2017.json"
+    path.write_text('{"annotations": [{"image_id": "one", "caption": "a cat"}]}')
+    with pytest.raises(UserError, match="captions_train2017.json: is damaged"):
+        read_captions(path)
 
 
 def test_rubbish_in_the_middle_is_refused_within_bounded_memory(
