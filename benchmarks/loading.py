@@ -37,7 +37,8 @@ from dataset.mat import MatConfig, MatDataset
 from dataset.tokenizer import tokenize
 from dataset.transforms import MEAN, STD
 from utils.files import write_json
-from utils.logging import progress, say
+from utils.logging import say
+from utils.progress import progress
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # as COCO's and Flickr's pictures
 FIELDS = frozenset({"image", "text", "labels"})

@@ -29,7 +29,8 @@ from dataset.base import PairedDataset
 from dataset.pictures import Pictures
 from utils.files import FolderLock, make_folder
 from utils.launch import pick_device
-from utils.logging import progress, setup_logging
+from utils.logging import setup_logging
+from utils.progress import progress
 
 log = logging.getLogger(__name__)
 REQUIREMENTS = "requirements-generation.txt"

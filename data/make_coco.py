@@ -22,7 +22,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, find, run
-from utils.logging import progress
+from utils.progress import progress
 
 PARTS = ("train2017", "val2017")
 BUFFER = 1 << 22  # characters of a JSON file read at a time

@@ -43,7 +43,7 @@ from dataset.draws import Purpose, uniform
 from dataset.mat import COUNTERPART_SOURCE
 from dataset.pictures import PictureFiles
 from utils.files import atomic, write_json, write_text
-from utils.logging import progress
+from utils.progress import progress
 
 log = logging.getLogger(__name__)
 CAPTIONS = "captions.txt"

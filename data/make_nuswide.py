@@ -19,7 +19,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, find, parallel, read_bytes, read_lines, run
-from utils.logging import progress
+from utils.progress import progress
 
 ROWS_AT_A_TIME = 1 << 23  # bytes of AllTags1k.txt held at once; the whole file has 540 MB
 

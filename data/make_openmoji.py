@@ -41,7 +41,7 @@ from common.config import read_yaml
 from common.errors import UserError
 from data.mat_files import string_cells, string_rows, write_mat
 from utils.files import FolderLock, make_folder, write_json, write_text
-from utils.logging import progress
+from utils.progress import progress
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 from common.errors import UserError
 from data.mat_files import clean_text, string_cells, string_rows, write_set, writing
 from utils.files import FolderLock, atomic, make_folder, write_text
-from utils.logging import progress
+from utils.progress import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -29,7 +29,7 @@ from dataset.kernels import resize_box
 from dataset.pictures import Pictures
 from dataset.transforms import View, crop_boxes, cropped_box, flips
 from utils.files import FolderLock, atomic, make_folder, sync_folder
-from utils.logging import progress
+from utils.progress import progress
 from utils.threads import in_threads
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from dataset.mat import MatConfig
 from dataset.text_files import read_lines
 from dataset.texts import Captions
 from utils.files import atomic, make_folder
-from utils.logging import progress, say, table
+from utils.logging import say, table
+from utils.progress import progress
 from utils.threads import in_threads
 
 log = logging.getLogger(__name__)

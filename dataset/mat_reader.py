@@ -17,7 +17,7 @@ import scipy.sparse
 
 from common.errors import UserError
 from dataset.pictures import PictureArray, Pictures, PictureVolume
-from utils.logging import progress
+from utils.progress import progress
 
 Array = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ from common.errors import UserError
 from dataset.jobs import Job
 from dataset.pictures import Pictures
 from dataset.transforms import View, crop_boxes, flips, normalise, resample, squashed, to_pixels, view_pixels
-from utils.logging import progress
+from utils.progress import progress
 
 _CHUNK = 256  # pictures handed to the threads at a time: bounds what waits to be copied to the device
 _ROOM = 0.9  # share of the free memory that pictures may take

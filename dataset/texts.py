@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from dataset.tokenizer import tokenize
-from utils.logging import progress
+from utils.progress import progress
 
 log = logging.getLogger(__name__)
 _PART = 50_000  # texts turned into ids at a time

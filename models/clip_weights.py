@@ -37,7 +37,7 @@ from common.registry import near_names
 from common.types import Backbone, ClipShape
 from models.clip import CLIP, HEAD_WIDTH
 from utils.files import FolderLock, atomic, make_folder
-from utils.logging import progress
+from utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.losses import pair_quantization
 from common.optim import BertAdam, build_optimizers
 from models.heads import pair_codes, pair_softmax
-from utils.logging import progress
+from utils.progress import progress
 
 GENERATOR = "hadamard rows, else balanced codes, 1"  # change it with what the functions below generate
 DRAWS = 20_000  # balanced random codes that are tried for every smallest distance

@@ -23,7 +23,7 @@ from models.clip_weights import shape_of
 from runners.backbone import find_backbone
 from utils.distributed import barrier, from_main, is_main, rank
 from utils.files import FolderLock, make_folder
-from utils.logging import progress
+from utils.progress import progress
 from utils.seeding import seed_torch
 
 logger = logging.getLogger(__name__)

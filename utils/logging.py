@@ -3,16 +3,14 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from utils.distributed import is_main
 from utils.files import write_text
-
-T = TypeVar("T")
 
 
 class _PastBars(logging.Handler):
@@ -22,17 +20,6 @@ class _PastBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-class _Lines:
-    """What a log file sees of a progress bar: every state on a line of its own, none written over."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
 def setup_logging() -> None:
     """Sends log lines to stderr past progress bars; processes other than the first stay silent below warnings."""
     handler = _PastBars()
@@ -40,20 +27,6 @@ def setup_logging() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if is_main() else logging.WARNING)
-
-
-def progress(items: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
-    """A progress bar with rate and remaining time; silent on all processes but the first.
-
-    A log file gets the first and the last state and one every 15 seconds, each on a line of its own; of bars with
-    `leave=False`, which are passing, nothing before 15 seconds.
-    """
-    if sys.stderr.isatty():
-        look: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True}
-    else:
-        delay = 0.0 if options.get("leave", True) else 15.0
-        look = {"mininterval": 15.0, "delay": delay, "file": _Lines()}
-    return tqdm(items, disable=not is_main(), **look, **options)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

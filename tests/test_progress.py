@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from utils.logging import progress, setup_logging
+from utils.logging import setup_logging
+from utils.progress import progress
 
 
 @pytest.fixture(autouse=True)
