@@ -80,7 +80,7 @@ def test_worked_decoder() -> None:
 
 
 def test_worked_loss(tmp_path: Path) -> None:
-    model = small(tmp_path, bits=12, set_size=6)
+    model = small(tmp_path, bits=12, set_size=6, diversity_weight=0.8)
     image, text, labels = worked_logits()
     out = model.objective(image, text, labels)
     distances, back = model.distances(*(nn.functional.normalize(x, dim=-1) for x in (image, text)))

@@ -94,7 +94,8 @@ def _is_before(line: str, upto: int) -> bool:
     """
     try:
         event = json.loads(line)
-        known: bool = event["step"] < upto or (event["step"] == upto and event["event"] != "evaluation")
+        step, kind = event["step"], event["event"]
+        known: bool = step < upto or (step == upto and kind != "evaluation")
     except (ValueError, TypeError, LookupError):
         return False
     return known
