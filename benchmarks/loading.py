@@ -31,11 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from common.config import read_yaml
-from dataset.cache import CachedPictures, cached_pictures
 from dataset.loader import Loader, build_loader
 from dataset.mat import MatConfig, MatDataset
-from dataset.tokenizer import tokenize
-from dataset.transforms import MEAN, STD
+from dataset.pictures.cache import CachedPictures, cached_pictures
+from dataset.pictures.transforms import MEAN, STD
+from dataset.texts.tokenizer import tokenize
 from utils.files import write_json
 from utils.logging import say
 from utils.progress import progress

@@ -20,8 +20,8 @@ if not __package__:  # run as a script: the packages of the repository stand one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
-from models.center_files import check_centers, write_centers
-from models.hash_centers import HashCenters, wrong_bits
+from models.blocks.center_files import check_centers, write_centers
+from models.blocks.hash_centers import HashCenters, wrong_bits
 from utils.files import make_folder
 
 log = logging.getLogger(__name__)

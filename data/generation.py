@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.registry import DATASETS
 from data.mat_files import clean_text
 from dataset.base import PairedDataset
-from dataset.pictures import Pictures
+from dataset.pictures.reading import Pictures
 from utils.files import FolderLock, make_folder
 from utils.launch import pick_device
 from utils.logging import setup_logging

@@ -39,9 +39,9 @@ from data.generation import (
 )
 from dataset.base import PairedDataset
 from dataset.columns import CaptionColumn
-from dataset.draws import Purpose, uniform
 from dataset.mat import COUNTERPART_SOURCE
-from dataset.pictures import PictureFiles
+from dataset.pictures.draws import Purpose, uniform
+from dataset.pictures.reading import PictureFiles
 from utils.files import atomic, write_json, write_text
 from utils.progress import progress
 

@@ -1,1 +1,1 @@
-"""Data sets of pictures, texts and labels: reading, splits, tokens, transforms, loaders."""
+"""Data sets, their splits, checks and loaders; how pictures and texts become tensors lies in rooms of its own."""

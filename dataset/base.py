@@ -20,8 +20,9 @@ from torch import Tensor
 from common.config import DatasetConfig, Section
 from common.errors import UserError
 from dataset.columns import CaptionColumn, Column, MatrixColumn, PictureColumn, WordColumn
-from dataset.pictures import Pictures
-from dataset.texts import Captions, WordVectors
+from dataset.pictures.reading import Pictures
+from dataset.texts.captions import Captions
+from dataset.texts.word_vectors import WordVectors
 
 Split = Literal["query", "train", "database"]
 SPLITS: tuple[Split, ...] = ("query", "train", "database")

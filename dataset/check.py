@@ -21,8 +21,8 @@ from common.registry import DATASETS, near_names
 from dataset.base import SPLITS, PairedDataset
 from dataset.columns import CaptionColumn
 from dataset.mat import MatConfig
-from dataset.text_files import read_lines
-from dataset.texts import Captions
+from dataset.texts.captions import Captions
+from dataset.texts.files import read_lines
 from utils.files import atomic, make_folder
 from utils.logging import say, table
 from utils.progress import progress

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dataset.texts import Captions, WordVectors
+from dataset.texts.captions import Captions
+from dataset.texts.word_vectors import WordVectors
 
 
 class Column(ABC):

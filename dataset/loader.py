@@ -16,14 +16,14 @@ from torch import Tensor
 from common.errors import UserError
 from common.types import Batch
 from dataset.base import PairedDataset, Split
-from dataset.cache import cached_pictures
 from dataset.columns import PictureColumn, RowColumn
-from dataset.draws import Purpose, permutation, uniform
-from dataset.jobs import Job, PictureSource
-from dataset.memory import MemorySource, PictureMemory
-from dataset.pictures import Pictures
-from dataset.transforms import CROP_DRAWS, View
-from dataset.workers import WorkerSource
+from dataset.pictures.cache import cached_pictures
+from dataset.pictures.draws import Purpose, permutation, uniform
+from dataset.pictures.jobs import Job, PictureSource
+from dataset.pictures.memory import MemorySource, PictureMemory
+from dataset.pictures.reading import Pictures
+from dataset.pictures.transforms import CROP_DRAWS, View
+from dataset.pictures.workers import WorkerSource
 from utils.distributed import rank, world_size
 
 _memories: weakref.WeakKeyDictionary[PairedDataset, dict[torch.device, PictureMemory]] = weakref.WeakKeyDictionary()

@@ -19,9 +19,9 @@ from common.registry import DATASETS
 from dataset.base import Contents, PairedConfig, PairedDataset, Split
 from dataset.columns import CaptionColumn, PictureColumn
 from dataset.mat_reader import number_matrix, read_variable, text_rows
-from dataset.pictures import JoinedPictures, PictureFiles, Pictures, resolve_paths
-from dataset.text_files import read_json_lines, read_lines
-from dataset.texts import Captions
+from dataset.pictures.reading import JoinedPictures, PictureFiles, Pictures, resolve_paths
+from dataset.texts.captions import Captions
+from dataset.texts.files import read_json_lines, read_lines
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import scipy.io
 import scipy.sparse
 
 from common.errors import UserError
-from dataset.pictures import PictureArray, Pictures, PictureVolume
+from dataset.pictures.reading import PictureArray, Pictures, PictureVolume
 from utils.progress import progress
 
 Array = npt.NDArray[Any]

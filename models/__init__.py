@@ -1,1 +1,1 @@
-"""One file per method, and the blocks that two or more share."""
+"""One file a method, on the contract in `base.py`; `clip/` is the backbone, `blocks/` what several methods share."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.config import Section
 from common.errors import UserError
 from common.types import Batch, DataInfo, Progress, StepOutput
-from models.clip import CLIP
+from models.clip.towers import CLIP
 
 
 class ModelConfig(Section):

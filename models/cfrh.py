@@ -52,7 +52,7 @@ from common.registry import MODELS
 from common.similarity import cosine_similarity
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.heads import sign_codes
+from models.blocks.heads import sign_codes
 from utils.distributed import gather_rows
 
 Fusion = Literal["row_normalised", "jdsh", "mean"]

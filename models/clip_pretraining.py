@@ -23,8 +23,8 @@ from common.losses import diagonal_contrast, full_precision
 from common.registry import MODELS
 from common.types import Batch, ClipShape, DataInfo, Progress, StepOutput
 from models.base import HashingModel, ModelConfig, ParamGroups
-from models.clip import CLIP
-from models.heads import sign_codes
+from models.blocks.heads import sign_codes
+from models.clip.towers import CLIP
 from utils.distributed import gather_rows
 
 Width = Annotated[int, Field(gt=0, multiple_of=64)]

@@ -33,7 +33,7 @@ from common.registry import MODELS
 from common.similarity import cosine_similarity, label_similarity
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.heads import (
+from models.blocks.heads import (
     PAIR_HEAD_NAMES,
     AttentionPairHead,
     BatchNorm,

@@ -32,8 +32,8 @@ from common.set_losses import DiversityScope, SetMode, diversity, maximum_mean_d
 from common.similarity import cosine_similarity
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.heads import init_fan_out, sign_codes
-from models.token_sets import SetSimilarityConfig, set_distances
+from models.blocks.heads import init_fan_out, sign_codes
+from models.blocks.token_sets import SetSimilarityConfig, set_distances
 from utils.distributed import gather_rows
 
 

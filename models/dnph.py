@@ -37,8 +37,8 @@ from common.losses import full_precision
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.heads import TANH_HEAD_NAMES, TanhHead, init_fan_out, sign_codes
-from models.proxies import ClassProxies
+from models.blocks.heads import TANH_HEAD_NAMES, TanhHead, init_fan_out, sign_codes
+from models.blocks.proxies import ClassProxies
 from utils.distributed import gather_rows
 
 PROXY_DEVIATION = 1 / 8  # standard deviation of the start values of the proxies; a constant of the authors' code

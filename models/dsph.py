@@ -36,8 +36,8 @@ from common.registry import MODELS
 from common.similarity import cosine_similarity, label_similarity
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.heads import TANH_HEAD_NAMES, TanhHead, sign_codes
-from models.proxies import ClassProxies
+from models.blocks.heads import TANH_HEAD_NAMES, TanhHead, sign_codes
+from models.blocks.proxies import ClassProxies
 from utils.distributed import gather_rows
 
 # Largest known minimum distance of a binary linear code, by length K; entry k - 1 is that of dimension k.

@@ -5,7 +5,8 @@ Retrieval", ACM MM 2023, https://doi.org/10.1145/3581783.3612411.
 Authors' code: https://github.com/DarrenZZhang/MM23-MITH, commit 4583a7c, no licence stated; none of it is used here.
 
 Every modality is hashed twice from one CLIP pass: globally from the pooled feature, and locally from its tokens pooled
-into K concept vectors. The code is the sign of the sum. The head and its loss terms stand in `models/concept_head.py`.
+into K concept vectors. The code is the sign of the sum. The head and its loss terms stand in
+`models/blocks/concept_head.py`.
 
 Deviations from the authors' code:
 1. The banks are part of the checkpoint and drawn from the run's seed, so that a resumed run is exact.
@@ -22,7 +23,7 @@ from common.losses import diagonal_contrast, full_precision
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ParamGroups
-from models.concept_head import CONCEPT_HEAD_NAMES, ConceptBanks, ConceptCodes, ConceptHead, ConceptHeadConfig
+from models.blocks.concept_head import CONCEPT_HEAD_NAMES, ConceptBanks, ConceptCodes, ConceptHead, ConceptHeadConfig
 from utils.distributed import gather_rows
 
 

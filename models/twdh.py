@@ -7,7 +7,7 @@ https://github.com/QinLab-WFU/CLIP-based-Cross-Modal-Hashing, which has the meth
 
 CLIP is trained so that a long code of two-way softmax bits becomes the hash centre of the item's classes, bit by bit as
 most of them have it. Short codes need no training: a fixed transform maps the long pairs to theirs. Centres and
-transforms stand in `models/hash_centers.py`, their files in `models/center_files.py`.
+transforms stand in `models/blocks/hash_centers.py`, their files in `models/blocks/center_files.py`.
 
 Deviations from the authors' code:
 1. Centres are generated from a seed and transforms are in closed form (which misses no bit of a class); the authors'
@@ -34,9 +34,9 @@ from common.losses import full_precision, pair_quantization
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ParamGroups
-from models.center_files import HashCentersConfig, find_centers
-from models.hash_centers import code_pairs, majority_codes
-from models.heads import PAIR_HEAD_NAMES, AttentionPairHead, BatchNorm, pair_codes, pair_softmax
+from models.blocks.center_files import HashCentersConfig, find_centers
+from models.blocks.hash_centers import code_pairs, majority_codes
+from models.blocks.heads import PAIR_HEAD_NAMES, AttentionPairHead, BatchNorm, pair_codes, pair_softmax
 from utils.distributed import gather_rows
 
 

@@ -39,7 +39,7 @@ from common.registry import MODELS
 from common.set_losses import diversity, weighted_triplet
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.token_sets import SetSimilarityConfig, set_distances
+from models.blocks.token_sets import SetSimilarityConfig, set_distances
 from utils.distributed import gather_rows
 
 MAX_PATTERN_BITS = 16  # of one query: 65,536 patterns

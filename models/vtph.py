@@ -4,10 +4,10 @@ Paper: B. Chen, Q. Wu, Y. Liu, J. Zeng, G. Lu, Z. Zhang, "Enhancing Cross-Modal 
 Hashing", IJCAI 2024, pages 623-631.
 Authors' code: https://github.com/Binz-Chen/IJCAI2024-VTPH, commit 86f9199, no licence stated; none of it is used here.
 
-CLIP stays as it is. Between it and MITH's head (`models/concept_head.py`) stand prompts, which bring the picture and a
-sentence about the picture into the text: a gate from the picture's class token on every text token (VAP), an adapter
-on the text's pooled feature (TAP), and two residual blocks for each modality, those of the text reading the tokens of
-the sentence, too.
+CLIP stays as it is. Between it and MITH's head (`models/blocks/concept_head.py`) stand prompts, which bring the picture
+and a sentence about the picture into the text: a gate from the picture's class token on every text token (VAP), an
+adapter on the text's pooled feature (TAP), and two residual blocks for each modality, those of the text reading the
+tokens of the sentence, too.
 
 A text is encoded together with a counterpart where there is one: a picture and its caption. That is the text's own
 picture in the database, and a generated one for queries; without, a shorter path is taken. Which of the two happened is
@@ -39,9 +39,9 @@ from common.losses import diagonal_contrast, full_precision
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ParamGroups
-from models.clip import Transformer
-from models.concept_head import CONCEPT_HEAD_NAMES, ConceptBanks, ConceptCodes, ConceptHead, ConceptHeadConfig
-from models.memory import FeatureCache
+from models.blocks.concept_head import CONCEPT_HEAD_NAMES, ConceptBanks, ConceptCodes, ConceptHead, ConceptHeadConfig
+from models.blocks.memory import FeatureCache
+from models.clip.towers import Transformer
 from utils.distributed import gather_rows
 
 Affinity = Literal["jeffreys", "js"]

@@ -10,8 +10,8 @@ from common.config import FREE_KEYS, Config, build_config, flatten, load_config
 from common.errors import UserError
 from common.registry import RUNNERS
 from common.types import Backbone
+from models.clip.weights import is_config, open_backbone, read_clip, write_clip
 from models.clip_pretraining import export_clip
-from models.clip_weights import is_config, open_backbone, read_clip, write_clip
 from utils.distributed import barrier, from_main, is_main
 from utils.files import FolderLock, make_folder
 from utils.signals import Interrupted

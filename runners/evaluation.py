@@ -15,7 +15,7 @@ from common.metrics import mean_over_queries, retrieval_values
 from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel
-from runners.report import results_table, summarise
+from runners.results import results_table, summarise
 from runners.setup import ENCODED_SPLITS, autocast, build_model, make_loader, open_dataset
 from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json

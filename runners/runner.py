@@ -20,7 +20,7 @@ from common.registry import RUNNERS
 from common.types import Progress, StepOutput
 from models.base import HashingModel
 from runners.evaluation import Evaluator, save_codes
-from runners.report import best_of, headline, results_table, summarise
+from runners.results import best_of, headline, results_table, summarise
 from runners.setup import (
     autocast,
     build_model,

@@ -16,10 +16,10 @@ from common.types import Backbone, DataInfo
 from dataset.base import PairedDataset, Split
 from dataset.columns import CaptionColumn
 from dataset.loader import Loader, build_loader
-from dataset.tokenizer import END_OF_TEXT
+from dataset.texts.tokenizer import END_OF_TEXT
 from models.base import ClipModelConfig, HashingModel
-from models.clip import CLIP
-from models.clip_weights import shape_of
+from models.clip.towers import CLIP
+from models.clip.weights import shape_of
 from runners.backbone import find_backbone
 from utils.distributed import barrier, from_main, is_main, rank
 from utils.files import FolderLock, make_folder

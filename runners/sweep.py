@@ -15,7 +15,7 @@ from common.checkpoint import require_same
 from common.config import FREE_KEYS, Config, Section, flatten, load_config, load_section
 from common.errors import UserError
 from common.registry import RUNNERS
-from runners.summary import RunFolder, write_summary
+from runners.comparison import RunFolder, write_summary
 from utils.distributed import barrier, is_main
 from utils.logging import say
 

@@ -23,9 +23,9 @@ from common.metrics import average_precision
 from common.optim import BertAdam, build_optimizers, scheduled_factor
 from common.similarity import hamming_distance
 from common.types import Progress
-from dataset.tokenizer import tokenize
-from models.clip import CLIP
-from models.clip_weights import NOT_WEIGHTS, shape_of
+from dataset.texts.tokenizer import tokenize
+from models.clip.towers import CLIP
+from models.clip.weights import NOT_WEIGHTS, shape_of
 from tests.parity_cases import open_case
 from tests.parity_cases.base import MethodCase
 

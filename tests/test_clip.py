@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.types import ClipShape
-from models.clip import CLIP, ResidualBlock, Transformer
+from models.clip.towers import CLIP, ResidualBlock, Transformer
 
 GOLDEN = Path(__file__).parent / "golden" / "clip-w64p16.npz"
 TINY = ClipShape(

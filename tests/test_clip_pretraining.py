@@ -14,9 +14,9 @@ from common.errors import UserError
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress
 from models.base import HashingModel
-from models.clip import CLIP
+from models.clip.towers import CLIP
+from models.clip.weights import read_clip, write_clip
 from models.clip_pretraining import ContrastivePretraining, export_clip
-from models.clip_weights import read_clip, write_clip
 
 YAML = Path(__file__).parent.parent / "configs" / "CLIP" / "config.yaml"
 TINY = {

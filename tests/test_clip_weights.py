@@ -22,11 +22,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import models.clip_weights as clip_weights
+import models.clip.weights as clip_weights
 from common.errors import UserError
 from common.types import ClipShape
-from models.clip import CLIP
-from models.clip_weights import is_config, open_backbone, read_clip, shape_of, write_clip
+from models.clip.towers import CLIP
+from models.clip.weights import is_config, open_backbone, read_clip, shape_of, write_clip
 
 SHAPE = ClipShape(
     embed_dim=32,

@@ -154,7 +154,7 @@ def test_labels_reach_only_methods_that_name_them(model: HashingModel) -> None:
 def test_every_config_field_is_read(name: str) -> None:
     """A setting that nothing reads would be a promise that nobody keeps."""
     cls = MODELS.get(name).Config
-    sources = "\n".join(path.read_text() for path in (ROOT / "models").glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "models").rglob("*.py"))
     read = {node.attr for node in ast.walk(ast.parse(sources)) if isinstance(node, ast.Attribute)}
     ours = {field for field in cls.model_fields if field not in {"name", "backbone"}}
     assert ours <= read, ours - read
@@ -171,7 +171,7 @@ def test_header_says_where_it_comes_from(name: str) -> None:
 
 @pytest.mark.parametrize("folder", ["common", "runners", "utils"])
 def test_shared_code_branches_on_no_method(folder: str) -> None:
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not words & set(METHODS), path
 

@@ -6,9 +6,10 @@ import torch
 
 from common.errors import UserError
 from dataset.base import PerLabelConfig, SplitConfig, make_splits
-from dataset.draws import Purpose, permutation, uniform
-from dataset.texts import Captions, WordVectors
-from dataset.tokenizer import tokenize
+from dataset.pictures.draws import Purpose, permutation, uniform
+from dataset.texts.captions import Captions
+from dataset.texts.tokenizer import tokenize
+from dataset.texts.word_vectors import WordVectors
 from tests import datasets
 
 

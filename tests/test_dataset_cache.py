@@ -21,12 +21,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from common.errors import UserError
-from dataset import cache
-from dataset.cache import DONE, INDEX, PIXELS, PLAN, CachedPictures, cached_pictures, stored_sizes
-from dataset.draws import Purpose, uniform
 from dataset.loader import build_loader
-from dataset.pictures import JoinedPictures, PictureArray, PictureFiles
-from dataset.transforms import CROP_DRAWS, STD, View, view_pixels
+from dataset.pictures import cache
+from dataset.pictures.cache import DONE, INDEX, PIXELS, PLAN, CachedPictures, cached_pictures, stored_sizes
+from dataset.pictures.draws import Purpose, uniform
+from dataset.pictures.reading import JoinedPictures, PictureArray, PictureFiles
+from dataset.pictures.transforms import CROP_DRAWS, STD, View, view_pixels
 from tests import datasets
 from tests.processes import run_processes
 

@@ -15,7 +15,7 @@ from data import make_wiki, preparation
 from dataset.check import CONFIGS, SHEET, check_data, class_names, read_pictures, summary
 from dataset.loader import build_loader
 from dataset.mat import MatDataset
-from dataset.tokenizer import tokenize
+from dataset.texts.tokenizer import tokenize
 from tests import commands, datasets, miniatures
 
 ITEMS = datasets.ITEMS

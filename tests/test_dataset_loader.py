@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from dataset import memory
 from dataset.loader import Loader, build_loader
-from dataset.pictures import Pictures
-from dataset.tokenizer import tokenize
-from dataset.transforms import STD, View, normalise, view_pixels
+from dataset.pictures import memory
+from dataset.pictures.reading import Pictures
+from dataset.pictures.transforms import STD, View, normalise, view_pixels
+from dataset.texts.tokenizer import tokenize
 from tests import datasets
 from tests.processes import run_processes
 

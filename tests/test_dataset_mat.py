@@ -14,8 +14,8 @@ from PIL import Image
 
 from common.errors import UserError
 from dataset.mat_reader import read_variable, text_rows
-from dataset.pictures import PictureFiles, resolve_paths
-from dataset.tokenizer import tokenize
+from dataset.pictures.reading import PictureFiles, resolve_paths
+from dataset.texts.tokenizer import tokenize
 from tests import datasets
 
 ITEMS = datasets.ITEMS

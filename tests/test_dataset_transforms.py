@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.draws import Purpose, uniform
-from dataset.transforms import (
+from dataset.pictures.draws import Purpose, uniform
+from dataset.pictures.transforms import (
     CROP_DRAWS,
     MEAN,
     STD,

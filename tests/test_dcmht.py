@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.losses import pair_quantization
 from common.similarity import label_similarity
 from common.types import Progress
+from models.blocks.heads import AttentionPairHead, BatchNorm, pair_codes, pair_softmax
 from models.dcmht import (
     DCMHT,
     SelectHead,
@@ -17,7 +18,6 @@ from models.dcmht import (
     euclidean_contrast,
     tanh_quantization,
 )
-from models.heads import AttentionPairHead, BatchNorm, pair_codes, pair_softmax
 from tests.tiny_models import SHAPE, assert_same_in_processes, build, pick, rows_of
 from tests.worked import filled, multi_hot, wave
 

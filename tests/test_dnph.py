@@ -13,8 +13,8 @@ from common.checkpoint import Checkpoint
 from common.errors import UserError
 from common.registry import MODELS, Registry
 from common.types import Progress
+from models.blocks.proxies import ClassProxies
 from models.dnph import DNPH, agreement, assign_targets, proxy_loss
-from models.proxies import ClassProxies
 from runners.setup import _load
 from tests.tiny_models import CLASSES, SHAPE, assert_same_in_processes, build, pick, rows_of
 from tests.worked import multi_hot, wave

@@ -14,6 +14,8 @@ from common.config import read_yaml
 from common.errors import UserError
 from common.optim import SGD
 from common.types import Batch, Progress
+from models.blocks.heads import TanhHead
+from models.blocks.proxies import ClassProxies
 from models.dsph import (
     CODE_DISTANCES,
     DSPH,
@@ -24,8 +26,6 @@ from models.dsph import (
     separation_loss,
     table_threshold,
 )
-from models.heads import TanhHead
-from models.proxies import ClassProxies
 from tests.tiny_models import CLASSES, assert_same_in_processes, build, pick, rows_of, section
 from tests.worked import multi_hot, wave
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.config import EvaluateConfig
-from dataset.pictures import PictureFiles
+from dataset.pictures.reading import PictureFiles
 from runners.evaluation import SplitCodes, evaluate_codes
 from tests.commands import run
 from tests.processes import run_processes

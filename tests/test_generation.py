@@ -260,7 +260,7 @@ def test_pictures_of_other_settings_are_not_mixed(
 def test_the_text_is_the_one_that_evaluation_takes(root: Path) -> None:
     from common.config import load_config
     from dataset.loader import build_loader
-    from dataset.tokenizer import tokenize
+    from dataset.texts.tokenizer import tokenize
 
     settings = [f"dataset.root={root}", "dataset.split.query=6", "dataset.split.train=10", "dataset.vocabulary=5"]
     for caption in ("random", "first"):

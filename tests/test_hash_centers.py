@@ -16,8 +16,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from data.convert_twdh_centers import convert, main
-from models.center_files import HashCentersConfig, find_centers, read_centers, write_centers
-from models.hash_centers import (
+from models.blocks.center_files import HashCentersConfig, find_centers, read_centers, write_centers
+from models.blocks.hash_centers import (
     HashCenters,
     TransformTraining,
     closed_form_transform,
@@ -29,7 +29,7 @@ from models.hash_centers import (
     train_transform,
     wrong_bits,
 )
-from models.heads import pair_codes
+from models.blocks.heads import pair_codes
 from tests.processes import run_processes
 from tests.tiny_models import section
 from tests.worked import multi_hot, wave
@@ -218,7 +218,7 @@ def test_cache_is_used_again_for_the_same_inputs_only(
     assert len(list(tmp_path.rglob("*.safetensors"))) == (3 if transform == "trained" else 2)
     assert torch.equal(flipped.transforms[8], first.transforms[8]) == (transform == "closed_form")
 
-    monkeypatch.setattr("models.center_files.long_centers", None)  # would fail if anything were made again
+    monkeypatch.setattr("models.blocks.center_files.long_centers", None)  # would fail if anything were made again
     again = find_centers(settings(transform=transform, short_bits=[8]), labels, str(tmp_path))
     assert torch.equal(again.long, first.long) and torch.equal(again.transforms[8], first.transforms[8])
     assert torch.equal(again.short[8], first.short[8])

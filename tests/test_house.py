@@ -12,7 +12,7 @@ from runners.runner import Runner
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "dataset", "models", "runners", "utils", "data")
-FILES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 METHOD_FILES = {Path(inspect.getfile(MODELS.get(name))).stem for name in MODELS.names()}
 FORBIDDEN = {  # package -> packages that it must not import
     "common": {"models", "runners", "dataset", "data"},
@@ -31,9 +31,9 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    package = path.parent.name
+    package = path.relative_to(ROOT).parts[0]
     for module in imported(ast.parse(path.read_text())):
         assert module.split(".")[0] not in FORBIDDEN.get(package, set()), module
         if package == "models" and path.stem in METHOD_FILES and module.startswith("models."):
@@ -50,7 +50,7 @@ def public_functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDe
                 yield node
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shapes_are_documented(path: Path) -> None:
     """Every public function that takes or returns tensors says their shapes in brackets, or that they are scalars."""
     for node in public_functions(ast.parse(path.read_text())):
@@ -61,7 +61,7 @@ def test_shapes_are_documented(path: Path) -> None:
             assert "[" in doc or "calar" in doc or "As `" in doc, f"{path}:{node.lineno} {node.name}"
 
 
-@pytest.mark.parametrize("path", [*FILES, ROOT / "main.py"], ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", [*FILES, ROOT / "main.py"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_asserts_no_config_defaults_no_unsafe_loading(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         assert not isinstance(node, ast.Assert), f"{path}:{node.lineno} assert"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.losses import asymmetric_likelihood, diagonal_contrast
 from common.types import Progress
-from models.concept_head import (
+from models.blocks.concept_head import (
     ConceptBanks,
     ConceptCodes,
     ConceptHead,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from common.config import load_config
-from dataset.tokenizer import END_OF_TEXT
-from models.center_files import write_centers
-from models.clip_weights import write_clip
-from models.hash_centers import HashCenters
+from dataset.texts.tokenizer import END_OF_TEXT
+from models.blocks.center_files import write_centers
+from models.blocks.hash_centers import HashCenters
+from models.clip.weights import write_clip
 from runners.setup import ENCODED_SPLITS, make_loader, open_dataset
 from tests import tiny_data
 from tests.commands import ROOT, refused, run

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.tokenizer import END_OF_TEXT, START_OF_TEXT, tokenize
+from dataset.texts.tokenizer import END_OF_TEXT, START_OF_TEXT, tokenize
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
 

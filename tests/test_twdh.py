@@ -14,9 +14,9 @@ from common.checkpoint import Checkpoint
 from common.config import load_config
 from common.errors import UserError
 from common.types import Progress
-from models.center_files import write_centers
-from models.hash_centers import HashCenters, hadamard, majority_codes, wrong_bits
-from models.heads import pair_codes
+from models.blocks.center_files import write_centers
+from models.blocks.hash_centers import HashCenters, hadamard, majority_codes, wrong_bits
+from models.blocks.heads import pair_codes
 from models.twdh import TwDH, TwDHConfig
 from runners.setup import _load
 from tests.tiny_models import CLASSES, SHAPE, assert_same_in_processes, build, data_info, pick, rows_of, section

@@ -14,8 +14,8 @@ from torch import Tensor
 from common.checkpoint import load
 from common.errors import UserError
 from common.types import Batch, Progress
-from models.concept_head import ConceptCodes
-from models.memory import MemoryBank
+from models.blocks.concept_head import ConceptCodes
+from models.blocks.memory import MemoryBank
 from models.vtph import VTPH, Prompts, TextFeatures, VTPHConfig, caption_triplets, jeffreys_affinity, js_affinity
 from tests import commands, datasets
 from tests.processes import run_processes

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from common.types import ClipShape
-from models.clip import CLIP
-from models.clip_weights import write_clip
+from models.clip.towers import CLIP
+from models.clip.weights import write_clip
 
 SHAPE = ClipShape(
     embed_dim=64,

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import UserError
+from models.blocks.heads import sign_codes
 from models.dcmht import DCMHT
-from models.heads import sign_codes
 from tests.parity_cases.base import MethodCase, Tree
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from common.errors import UserError
-from models.concept_head import ConceptCodes
+from models.blocks.concept_head import ConceptCodes
 from models.mith import MITH
 from tests.parity_cases.base import MethodCase, Tree
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from models.base import HashingModel
-from models.center_files import write_centers
-from models.hash_centers import HashCenters
+from models.blocks.center_files import write_centers
+from models.blocks.hash_centers import HashCenters
 from models.twdh import TwDH
 from tests.parity_cases.base import MethodCase, Tree
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from common.types import Batch
-from models.concept_head import ConceptCodes
+from models.blocks.concept_head import ConceptCodes
 from models.vtph import VTPH
 from tests.parity_cases.base import MethodCase, Tree
 from tests.parity_cases.mith import CONCEPT_BUFFERS, concept_outputs

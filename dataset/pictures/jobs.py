@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dataset.draws import Floats
-from dataset.transforms import View
+from dataset.pictures.draws import Floats
+from dataset.pictures.transforms import View
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a decoded picture to the model's input: geometry on uint8, one picture at a time or a batch at once.
 
 Two paths give the same pixels: Pillow, for pictures read one by one, and weighted sums over a whole batch, for
-pictures that lie side by side on a device. Random choices come in as numbers, see `dataset.draws`.
+pictures that lie side by side on a device. Random choices come in as numbers, see `dataset.pictures.draws`.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dataset.draws import Floats
+from dataset.pictures.draws import Floats
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, scaled to [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -3,7 +3,7 @@
 Long centres are rows of a Hadamard matrix, so any two differ in half of their bits. Short centres are, too, while the
 matrix has rows enough; else balanced random codes that keep away from each other and from each other's negatives. A
 transform maps the softmax pairs of a long code to logits of the pairs of a short one. Everything follows from a seed;
-`models/center_files.py` keeps it in files.
+`models/blocks/center_files.py` keeps it in files.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from common.config import Section
 from common.errors import UserError
 from common.losses import pair_quantization
 from common.optim import BertAdam, build_optimizers
-from models.heads import pair_codes, pair_softmax
+from models.blocks.heads import pair_codes, pair_softmax
 from utils.progress import progress
 
 GENERATOR = "hadamard rows, else balanced codes, 1"  # change it with what the functions below generate

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import UserError
-from dataset.jobs import Job
-from dataset.pictures import Pictures
-from dataset.transforms import View, normalise
+from dataset.pictures.jobs import Job
+from dataset.pictures.reading import Pictures
+from dataset.pictures.transforms import View, normalise
 
 
 class WorkerSource:

@@ -35,7 +35,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.registry import near_names
 from common.types import Backbone, ClipShape
-from models.clip import CLIP, HEAD_WIDTH
+from models.clip.towers import CLIP, HEAD_WIDTH
 from utils.files import FolderLock, atomic, make_folder
 from utils.progress import progress
 

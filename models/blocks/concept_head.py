@@ -17,9 +17,9 @@ from common.losses import asymmetric_likelihood, mutual_distillation
 from common.similarity import label_similarity
 from common.types import DataInfo
 from models.base import ClipModelConfig
-from models.clip import HEAD_WIDTH, Transformer
-from models.heads import sign_codes
-from models.memory import MemoryBank
+from models.blocks.heads import sign_codes
+from models.blocks.memory import MemoryBank
+from models.clip.towers import HEAD_WIDTH, Transformer
 from utils.distributed import gather_rows
 
 TEACHER_SHARE = 0.1  # of the distillation's gradient that reaches the global hash; a constant of the authors' code

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.draws import Floats
-from dataset.kernels import resize_box
-from dataset.pictures import Pictures
-from dataset.transforms import View, crop_boxes, cropped_box, flips
+from dataset.pictures.draws import Floats
+from dataset.pictures.kernels import resize_box
+from dataset.pictures.reading import Pictures
+from dataset.pictures.transforms import View, crop_boxes, cropped_box, flips
 from utils.files import FolderLock, atomic, make_folder, sync_folder
 from utils.progress import progress
 from utils.threads import in_threads

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.jobs import Job
-from dataset.pictures import Pictures
-from dataset.transforms import View, crop_boxes, flips, normalise, resample, squashed, to_pixels, view_pixels
+from dataset.pictures.jobs import Job
+from dataset.pictures.reading import Pictures
+from dataset.pictures.transforms import View, crop_boxes, flips, normalise, resample, squashed, to_pixels, view_pixels
 from utils.progress import progress
 
 _CHUNK = 256  # pictures handed to the threads at a time: bounds what waits to be copied to the device

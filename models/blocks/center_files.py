@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from models.base import ClipModelConfig
-from models.hash_centers import (
+from models.blocks.hash_centers import (
     GENERATOR,
     HashCenters,
     TransformTraining,

@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.draws import Floats
-from dataset.transforms import View, view_pixels
+from dataset.pictures.draws import Floats
+from dataset.pictures.transforms import View, view_pixels
 
 # Pictures beyond Pillow's limit are refused in `PictureFiles.read`; its own warning would only be a second line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

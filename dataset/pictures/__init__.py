@@ -1,0 +1,1 @@
+"""From files of pictures to pixels: reading, views, and where pictures are kept (cache, memory, worker processes)."""

@@ -1,0 +1,1 @@
+"""From words to tensors: token ids, word vectors, text files."""
