@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from torch import Tensor
 
 from common.similarity import label_similarity
@@ -32,7 +33,7 @@ def set_cosines(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         [N, M, A, B], values in [-1, 1].
     """
-    return torch.einsum("iaw,jbw->ijab", F.normalize(a, dim=-1), F.normalize(b, dim=-1))
+    return einsum(F.normalize(a, dim=-1), F.normalize(b, dim=-1), "N A W, M B W -> N M A B")
 
 
 def smooth_chamfer(cosines: Tensor, temperature: float, scale: float, denominator: float) -> Tensor:

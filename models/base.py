@@ -153,3 +153,16 @@ class ClipHashingModel(HashingModel):
         """Copies the pretrained weights into the backbone."""
         if data.clip.weights is not None:
             self.backbone.load_state_dict(dict(data.clip.weights))
+
+    def param_groups(self) -> ParamGroups:
+        """One optimizer, CLIP and everything else at rates of their own."""
+        return {"main": self.backbone_and_head()}
+
+    def backbone_and_head(self, *apart: str) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters of CLIP, `backbone`, and of all other modules, `head`, but those named as `apart`."""
+        groups: dict[str, list[nn.Parameter]] = {"backbone": [], "head": []}
+        for name, parameter in self.named_parameters():
+            module = name.partition(".")[0]
+            if parameter.requires_grad and module not in apart:
+                groups["backbone" if module == "backbone" else "head"].append(parameter)
+        return groups

@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from common.losses import full_precision, pair_quantization
+from common.losses import pair_quantization
 from common.registry import MODELS
 from common.similarity import cosine_similarity, label_similarity
-from common.types import Batch, DataInfo, Progress, StepOutput
-from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
+from common.types import DataInfo, StepOutput
+from models.base import ClipModelConfig
 from models.blocks.heads import (
     PAIR_HEAD_NAMES,
     AttentionPairHead,
@@ -43,7 +43,7 @@ from models.blocks.heads import (
     pair_softmax,
     sign_codes,
 )
-from utils.distributed import gather_rows
+from models.blocks.pooled import PooledHashingModel
 
 HIDDEN_WIDTH = 128  # of the select head, for every code length
 
@@ -93,7 +93,7 @@ class SelectHead(nn.Module):
 
 
 @MODELS.register("DCMHT")
-class DCMHT(ClipHashingModel):
+class DCMHT(PooledHashingModel):
     """Two-way softmax hashing on CLIP's pooled features.
 
     Args:
@@ -102,7 +102,6 @@ class DCMHT(ClipHashingModel):
     """
 
     Config = DCMHTConfig
-    fields = frozenset({"image", "text", "labels"})
     reference_names = (
         (r"^(clip|backbone)\.", "backbone."),
         *PAIR_HEAD_NAMES,
@@ -118,22 +117,26 @@ class DCMHT(ClipHashingModel):
         self.image_head = _build_head(config, width, BatchNorm(width))
         self.text_head = _build_head(config, width, nn.LayerNorm(width))
 
-    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
-        """One step's loss over the global batch."""
+    def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
+        """The loss of relaxed codes.
+
+        Args:
+            image: Relaxed codes of the pictures, [B, 2K] (`linear`: [B, K]).
+            text: Relaxed codes of the texts, of the same shape.
+            labels: Multi-hot labels, [B, C].
+
+        Returns:
+            Loss, and its terms without their weights.
+        """
         c = self.config
-        # Gathered before the heads: batch normalisation looks across rows, and dropout then is that of one process.
-        image = self.image_head(gather_rows(self.backbone.image_features(batch["image"])))
-        text = self.text_head(gather_rows(self.backbone.text_features(batch["text"])))
-        labels = gather_rows(batch["labels"])
         terms: dict[str, Tensor] = {}
-        with full_precision(image.device):
-            similar = label_similarity(labels, labels)
-            for name, a, b in (("cross", image, text), ("image", image, image), ("text", text, text)):
-                terms[f"{name}_positive"], terms[f"{name}_negative"] = self.pair_loss(a, b, similar)
-            loss = sum(terms.values(), start=image.new_zeros(()))
-            quantization = tanh_quantization if c.head == "linear" else pair_quantization
-            terms["quantization_image"], terms["quantization_text"] = quantization(image), quantization(text)
-            loss = loss + c.quantization_weight * (terms["quantization_image"] + terms["quantization_text"]) / 2
+        similar = label_similarity(labels, labels)
+        for name, a, b in (("cross", image, text), ("image", image, image), ("text", text, text)):
+            terms[f"{name}_positive"], terms[f"{name}_negative"] = self.pair_loss(a, b, similar)
+        loss = sum(terms.values(), start=image.new_zeros(()))
+        quantization = tanh_quantization if c.head == "linear" else pair_quantization
+        terms["quantization_image"], terms["quantization_text"] = quantization(image), quantization(text)
+        loss = loss + c.quantization_weight * (terms["quantization_image"] + terms["quantization_text"]) / 2
         return StepOutput(loss, terms)
 
     def pair_loss(self, a: Tensor, b: Tensor, similar: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,21 +159,9 @@ class DCMHT(ClipHashingModel):
         both = clipped_cosine_entropy(a, b, similar, c.cosine_threshold)
         return both, both  # the re-implementation counts it as either part
 
-    def encode_image(self, batch: Batch) -> Tensor:
-        """Codes of pictures, [B, K]."""
-        return self._binarise(self.image_head(self.backbone.image_features(batch["image"])))
-
-    def encode_text(self, batch: Batch) -> Tensor:
-        """Codes of texts, [B, K]."""
-        return self._binarise(self.text_head(self.backbone.text_features(batch["text"])))
-
-    def _binarise(self, relaxed: Tensor) -> Tensor:
+    def binarise(self, relaxed: Tensor) -> Tensor:
+        """Relaxed codes, [B, 2K] (`linear`: [B, K]) -> codes [B, K]."""
         return sign_codes(relaxed) if self.config.head == "linear" else pair_codes(relaxed)
-
-    def param_groups(self) -> ParamGroups:
-        """One optimizer, CLIP and the heads at rates of their own."""
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        return {"main": {"backbone": backbone, "head": [*self.image_head.parameters(), *self.text_head.parameters()]}}
 
 
 def _build_head(config: DCMHTConfig, width: int, norm: nn.Module) -> nn.Module:
@@ -179,9 +170,7 @@ def _build_head(config: DCMHTConfig, width: int, norm: nn.Module) -> nn.Module:
         return SelectHead(width, config.bits)
     if config.head == "unified":
         return AttentionPairHead(width, config.bits, norm)
-    head = TanhHead(width, config.bits, config.dropout)
-    init_fan_out(head.fc)
-    return head
+    return TanhHead(width, config.bits, config.dropout, "fan_out")
 
 
 def euclidean_contrast(a: Tensor, b: Tensor, similar: Tensor, margin: float, power: int) -> tuple[Tensor, Tensor]:

@@ -26,15 +26,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.losses import full_precision
 from common.registry import MODELS
 from common.set_losses import DiversityScope, SetMode, diversity, maximum_mean_discrepancy, weighted_triplet
 from common.similarity import cosine_similarity
-from common.types import Batch, DataInfo, Progress, StepOutput
-from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
+from common.types import DataInfo, StepOutput
+from models.base import ClipModelConfig
 from models.blocks.heads import init_fan_out, sign_codes
-from models.blocks.token_sets import SetSimilarityConfig, set_distances
-from utils.distributed import gather_rows
+from models.blocks.token_sets import SetSimilarityConfig, TokenSetModel, set_distances
 
 
 class DIMCHConfig(ClipModelConfig):
@@ -83,7 +81,7 @@ class TokenSetHead(nn.Module):
 
 
 @MODELS.register("DIMCH")
-class DIMCH(ClipHashingModel):
+class DIMCH(TokenSetModel):
     """Sets of instances from all CLIP tokens, matched many-to-many.
 
     Args:
@@ -92,7 +90,6 @@ class DIMCH(ClipHashingModel):
     """
 
     Config = DIMCHConfig
-    fields = frozenset({"image", "text", "labels"})
     reference_names = (
         (r"^(clip|backbone)\.", "backbone."),
         (r"^hash\.img_token_hash\.", "image_head."),
@@ -120,12 +117,6 @@ class DIMCH(ClipHashingModel):
         """Sets of texts [B, L], from all positions, padding included: [B, M, K]."""
         sets: Tensor = self.text_head(self.backbone.text_tokens(ids)[1]).float()
         return sets
-
-    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
-        """One step's loss over the global batch."""
-        image_sets, text_sets = gather_rows(self.image_sets(batch["image"])), gather_rows(self.text_sets(batch["text"]))
-        with full_precision(image_sets.device):
-            return self.objective(image_sets, text_sets, gather_rows(batch["labels"]))
 
     def objective(self, image_sets: Tensor, text_sets: Tensor, labels: Tensor) -> StepOutput:
         """The loss of the paper from the sets of all rows.
@@ -164,18 +155,9 @@ class DIMCH(ClipHashingModel):
         )
         return StepOutput(loss, terms)
 
-    def encode_image(self, batch: Batch) -> Tensor:
-        """Codes of pictures, [B, K]."""
-        return sign_codes(relaxed_codes(self.image_sets(batch["image"])))
-
-    def encode_text(self, batch: Batch) -> Tensor:
-        """Codes of texts, [B, K]."""
-        return sign_codes(relaxed_codes(self.text_sets(batch["text"])))
-
-    def param_groups(self) -> ParamGroups:
-        """One optimizer, CLIP and the heads at rates of their own."""
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        return {"main": {"backbone": backbone, "head": [*self.image_head.parameters(), *self.text_head.parameters()]}}
+    def binarise(self, sets: Tensor) -> Tensor:
+        """Sets [B, M, K] -> codes [B, K]."""
+        return sign_codes(relaxed_codes(sets))
 
 
 def relaxed_codes(sets: Tensor) -> Tensor:

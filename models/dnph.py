@@ -36,19 +36,19 @@ from common.errors import UserError
 from common.losses import full_precision
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
-from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.blocks.heads import TANH_HEAD_NAMES, TanhHead, init_fan_out, sign_codes
+from models.base import ParamGroups
+from models.blocks.heads import TANH_HEAD_NAMES, init_fan_out
+from models.blocks.pooled import TanhHashingConfig, TanhHashingModel
 from models.blocks.proxies import ClassProxies
 from utils.distributed import gather_rows
 
 PROXY_DEVIATION = 1 / 8  # standard deviation of the start values of the proxies; a constant of the authors' code
 
 
-class DNPHConfig(ClipModelConfig):
+class DNPHConfig(TanhHashingConfig):
     """`model:` section of DNPH."""
 
     initialization: Literal["torch", "fan_out"]  # of heads and classifiers: torch's (authors) | unified library's
-    dropout: float = Field(ge=0, lt=1)  # before tanh: in training each bit is 0 with this probability
     classifier_outputs: Annotated[int, Field(gt=0)] | None  # null: one per class; the unified library always has 80
     train_proxies: bool  # false: fixed at their random start; true: `optim:` needs an optimizer `proxies`
     margin: float = Field(ge=0)  # added to the squared distance between a code and the proxies of its labels
@@ -56,7 +56,7 @@ class DNPHConfig(ClipModelConfig):
 
 
 @MODELS.register("DNPH")
-class DNPH(ClipHashingModel):
+class DNPH(TanhHashingModel):
     """Neighborhood-aware proxy hashing with uniformly distributed codes, on CLIP's pooled features.
 
     Args:
@@ -68,7 +68,6 @@ class DNPH(ClipHashingModel):
     """
 
     Config = DNPHConfig
-    fields = frozenset({"image", "text", "labels"})
     reference_names = (
         (r"^(clip|backbone)\.", "backbone."),
         *TANH_HEAD_NAMES,
@@ -78,7 +77,7 @@ class DNPH(ClipHashingModel):
     reference_lacks = (r"proxies\.vectors", r"(image|text)_classifier\..*")  # codes depend on neither
 
     def __init__(self, config: DNPHConfig, data: DataInfo) -> None:
-        super().__init__(config, data)
+        super().__init__(config, data, config.initialization)
         self.config = config
         width, classes = data.clip.shape.embed_dim, data.num_classes
         outputs = classes if config.classifier_outputs is None else config.classifier_outputs
@@ -87,26 +86,23 @@ class DNPH(ClipHashingModel):
                 f"model.classifier_outputs is {outputs}, but the data have {classes} classes; set it to null, which "
                 "stands for the number of classes, or to at least that"
             )
-        self.image_head = TanhHead(width, config.bits, config.dropout)
-        self.text_head = TanhHead(width, config.bits, config.dropout)
         self.image_classifier = nn.Linear(width, outputs)
         self.text_classifier = nn.Linear(width, outputs)
         if config.initialization == "fan_out":
-            for linear in (self.image_head.fc, self.text_head.fc, self.image_classifier, self.text_classifier):
-                init_fan_out(linear)
+            init_fan_out(self.image_classifier), init_fan_out(self.text_classifier)
         self.proxies = ClassProxies(PROXY_DEVIATION * torch.randn(classes, config.bits), config.train_proxies)
 
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
         """One step's loss over the global batch."""
-        # Gathered before the heads, so that dropout is that of one process, and so are the draws that follow it.
-        image = gather_rows(self.backbone.image_features(batch["image"]))
-        text = gather_rows(self.backbone.text_features(batch["text"]))
+        image, text = self.gathered_features(batch)
         codes = self.image_head(image), self.text_head(text)
         logits = self.image_classifier(image).float(), self.text_classifier(text).float()
         with full_precision(image.device):
-            return self.objective(codes, logits, gather_rows(batch["labels"]))
+            return self.joint_objective(codes, logits, gather_rows(batch["labels"]))
 
-    def objective(self, codes: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor], labels: Tensor) -> StepOutput:
+    def joint_objective(
+        self, codes: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor], labels: Tensor
+    ) -> StepOutput:
         """The loss of relaxed codes and logits; draws the targets of this step.
 
         Args:
@@ -141,19 +137,9 @@ class DNPH(ClipHashingModel):
         """Uniformly random codes in {-1, +1}, [rows, K] on the CPU, from torch's global generator."""
         return torch.randint(2, (rows, self.bits)) * 2 - 1
 
-    def encode_image(self, batch: Batch) -> Tensor:
-        """Codes of pictures, [B, K]."""
-        return sign_codes(self.image_head(self.backbone.image_features(batch["image"])))
-
-    def encode_text(self, batch: Batch) -> Tensor:
-        """Codes of texts, [B, K]."""
-        return sign_codes(self.text_head(self.backbone.text_features(batch["text"])))
-
     def param_groups(self) -> ParamGroups:
         """CLIP apart from heads and classifiers; the proxies, if they are trained, with an optimizer of their own."""
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        parts = (self.image_head, self.text_head, self.image_classifier, self.text_classifier)
-        groups = {"main": {"backbone": backbone, "head": [p for part in parts for p in part.parameters()]}}
+        groups = {"main": self.backbone_and_head("proxies")}
         return groups | ({"proxies": {"proxies": [self.proxies.vectors]}} if self.config.train_proxies else {})
 
 

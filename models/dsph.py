@@ -31,14 +31,13 @@ from pydantic import Field
 from torch import Tensor
 
 from common.errors import UserError
-from common.losses import full_precision
 from common.registry import MODELS
 from common.similarity import cosine_similarity, label_similarity
-from common.types import Batch, DataInfo, Progress, StepOutput
-from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.blocks.heads import TANH_HEAD_NAMES, TanhHead, sign_codes
+from common.types import DataInfo, StepOutput
+from models.base import ParamGroups
+from models.blocks.heads import TANH_HEAD_NAMES
+from models.blocks.pooled import TanhHashingConfig, TanhHashingModel
 from models.blocks.proxies import ClassProxies
-from utils.distributed import gather_rows
 
 # Largest known minimum distance of a binary linear code, by length K; entry k - 1 is that of dimension k.
 # Source: A. E. Brouwer, M. Grassl, bounds on linear codes, https://www.codetables.de.
@@ -63,17 +62,16 @@ CODE_DISTANCES = {
 }
 
 
-class DSPHConfig(ClipModelConfig):
+class DSPHConfig(TanhHashingConfig):
     """`model:` section of DSPH."""
 
-    dropout: float = Field(ge=0, lt=1)  # before tanh: in training each bit is 0 with this probability
     threshold: Annotated[float, Field(ge=-1, le=1)] | None  # T, largest cosine that costs nothing; null: from the table
     separation_weight: float = Field(ge=0)  # alpha, of pairs without a common label
     proxy_seed: int = Field(ge=0, lt=2**32)  # of the start values of the proxies, whatever the run's seed
 
 
 @MODELS.register("DSPH")
-class DSPH(ClipHashingModel):
+class DSPH(TanhHashingModel):
     """Proxy hashing with a threshold from coding theory, on CLIP's pooled features.
 
     Args:
@@ -85,26 +83,15 @@ class DSPH(ClipHashingModel):
     """
 
     Config = DSPHConfig
-    fields = frozenset({"image", "text", "labels"})
     reference_names = ((r"^(clip|backbone)\.", "backbone."), *TANH_HEAD_NAMES, (r"^hyp\.proxies$", "proxies.vectors"))
     reference_lacks = (r"proxies\.vectors",)
 
     def __init__(self, config: DSPHConfig, data: DataInfo) -> None:
-        super().__init__(config, data)
+        super().__init__(config, data, "torch")
         self.config = config
-        width, classes = data.clip.shape.embed_dim, data.num_classes
+        classes = data.num_classes
         self.threshold = table_threshold(config.bits, classes) if config.threshold is None else config.threshold
-        self.image_head = TanhHead(width, config.bits, config.dropout)
-        self.text_head = TanhHead(width, config.bits, config.dropout)
         self.proxies = ClassProxies(draw_proxies(classes, config.bits, config.proxy_seed), trained=True)
-
-    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
-        """One step's loss over the global batch."""
-        # Gathered before the heads, so that dropout is that of one process.
-        image = self.image_head(gather_rows(self.backbone.image_features(batch["image"])))
-        text = self.text_head(gather_rows(self.backbone.text_features(batch["text"])))
-        with full_precision(image.device):
-            return self.objective(image, text, gather_rows(batch["labels"]))
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
         """The loss of relaxed codes.
@@ -138,19 +125,9 @@ class DSPH(ClipHashingModel):
         }
         return StepOutput(loss, terms)
 
-    def encode_image(self, batch: Batch) -> Tensor:
-        """Codes of pictures, [B, K]."""
-        return sign_codes(self.image_head(self.backbone.image_features(batch["image"])))
-
-    def encode_text(self, batch: Batch) -> Tensor:
-        """Codes of texts, [B, K]."""
-        return sign_codes(self.text_head(self.backbone.text_features(batch["text"])))
-
     def param_groups(self) -> ParamGroups:
         """CLIP and the heads at rates of their own; the proxies with an optimizer of their own."""
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        head = [*self.image_head.parameters(), *self.text_head.parameters()]
-        return {"main": {"backbone": backbone, "head": head}, "proxies": {"proxies": [self.proxies.vectors]}}
+        return {"main": self.backbone_and_head("proxies"), "proxies": {"proxies": [self.proxies.vectors]}}
 
 
 def table_threshold(bits: int, num_classes: int) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from common.losses import diagonal_contrast, full_precision
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
-from models.base import ClipHashingModel, ParamGroups
+from models.base import ClipHashingModel
 from models.blocks.concept_head import CONCEPT_HEAD_NAMES, ConceptBanks, ConceptCodes, ConceptHead, ConceptHeadConfig
 from utils.distributed import gather_rows
 
@@ -102,8 +102,3 @@ class MITH(ClipHashingModel):
     def encode_text(self, batch: Batch) -> Tensor:
         """Codes of texts, [B, K]."""
         return self.hash_text(batch["text"]).codes
-
-    def param_groups(self) -> ParamGroups:
-        """One optimizer, CLIP and the head at rates of their own."""
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        return {"main": {"backbone": backbone, "head": list(self.head.parameters())}}

@@ -32,12 +32,11 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.losses import full_precision, pair_quantization
 from common.registry import MODELS
-from common.types import Batch, DataInfo, Progress, StepOutput
-from models.base import ClipHashingModel, ParamGroups
+from common.types import DataInfo, StepOutput
 from models.blocks.center_files import HashCentersConfig, find_centers
 from models.blocks.hash_centers import code_pairs, majority_codes
 from models.blocks.heads import PAIR_HEAD_NAMES, AttentionPairHead, BatchNorm, pair_codes, pair_softmax
-from utils.distributed import gather_rows
+from models.blocks.pooled import PooledHashingModel
 
 
 class TwDHConfig(HashCentersConfig):
@@ -49,7 +48,7 @@ class TwDHConfig(HashCentersConfig):
 
 
 @MODELS.register("TwDH")
-class TwDH(ClipHashingModel):
+class TwDH(PooledHashingModel):
     """Two-way softmax hashing towards centres of classes; short codes are read off a long one.
 
     Args:
@@ -58,7 +57,6 @@ class TwDH(ClipHashingModel):
     """
 
     Config = TwDHConfig
-    fields = frozenset({"image", "text", "labels"})
     reference_names = (
         (r"^(clip|backbone)\.", "backbone."),
         (r"^(img|txt)_hash\.", r"hash.\1_hash."),  # QinLab's
@@ -66,6 +64,8 @@ class TwDH(ClipHashingModel):
         *PAIR_HEAD_NAMES,
     )
     reference_lacks = (r"long_centers", r"short_centers_\d+", r"transform_\d+")
+    image_head: AttentionPairHead
+    text_head: AttentionPairHead
 
     def __init__(self, config: TwDHConfig, data: DataInfo) -> None:
         super().__init__(config, data)
@@ -125,14 +125,6 @@ class TwDH(ClipHashingModel):
             )
         return super().load_state_dict(state_dict, strict, assign)
 
-    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
-        """One step's loss over the global batch."""
-        # Gathered before the heads: batch normalisation looks across rows.
-        image = self.image_head(gather_rows(self.backbone.image_features(batch["image"])))
-        text = self.text_head(gather_rows(self.backbone.text_features(batch["text"])))
-        with full_precision(image.device):
-            return self.objective(image, text, gather_rows(batch["labels"]))
-
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
         """Loss of one batch; draws the bits of ties, for the long code first, then for the short ones by length.
 
@@ -176,20 +168,7 @@ class TwDH(ClipHashingModel):
         with full_precision(pairs.device):
             return pair_softmax(pairs @ self.get_buffer(f"transform_{bits}"))
 
-    def encode_image(self, batch: Batch) -> Tensor:
-        """Codes of pictures, [B, sum(code_lengths)]."""
-        return self._binarise(self.image_head(self.backbone.image_features(batch["image"])))
-
-    def encode_text(self, batch: Batch) -> Tensor:
-        """Codes of texts, [B, sum(code_lengths)]."""
-        return self._binarise(self.text_head(self.backbone.text_features(batch["text"])))
-
-    def _binarise(self, pairs: Tensor) -> Tensor:
-        """Codes of all lengths; the short ones from the soft long code, [B, 2K]."""
-        short = [self.shorten(pairs, bits) for bits in self.code_lengths[:-1]]
-        return torch.cat([pair_codes(x) for x in (*short, pairs)], dim=-1)
-
-    def param_groups(self) -> ParamGroups:
-        """One optimizer, CLIP and the heads at rates of their own."""
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        return {"main": {"backbone": backbone, "head": [*self.image_head.parameters(), *self.text_head.parameters()]}}
+    def binarise(self, relaxed: Tensor) -> Tensor:
+        """Softmax pairs of long codes [B, 2K] -> codes of all lengths, [B, sum(code_lengths)]; short from soft long."""
+        short = [self.shorten(relaxed, bits) for bits in self.code_lengths[:-1]]
+        return torch.cat([pair_codes(x) for x in (*short, relaxed)], dim=-1)

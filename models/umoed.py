@@ -29,18 +29,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from common.config import Section
 from common.errors import UserError
-from common.losses import full_precision
 from common.registry import MODELS
 from common.set_losses import diversity, weighted_triplet
-from common.types import Batch, DataInfo, Progress, StepOutput
-from models.base import ClipHashingModel, ClipModelConfig, ParamGroups
-from models.blocks.token_sets import SetSimilarityConfig, set_distances
-from utils.distributed import gather_rows
+from common.types import DataInfo, StepOutput
+from models.base import ClipModelConfig
+from models.blocks.token_sets import SetSimilarityConfig, TokenSetModel, set_distances
 
 MAX_PATTERN_BITS = 16  # of one query: 65,536 patterns
 
@@ -116,10 +115,11 @@ class SoftMixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Positions [B, M, inputs] -> [B, M, outputs]."""
-        logits = torch.einsum("bmd,dnp->bmnp", x, self.phi)
-        slots = torch.einsum("bmnp,bmd->bnpd", logits.softmax(1), x)
-        slots = torch.einsum("bnpd,nde->bnpe", slots, self.weight) + self.bias[:, None]
-        return logits.flatten(2).softmax(-1) @ slots.flatten(1, 2)
+        logits = einsum(x, self.phi, "B M inputs, inputs experts slots -> B M experts slots")
+        slots = einsum(logits.softmax(1), x, "B M experts slots, B M inputs -> B experts slots inputs")
+        slots = einsum(slots, self.weight, "B experts slots inputs, experts inputs outputs -> B experts slots outputs")
+        slots = rearrange(slots + self.bias[:, None], "B experts slots outputs -> B (experts slots) outputs")
+        return rearrange(logits, "B M experts slots -> B M (experts slots)").softmax(-1) @ slots
 
 
 class TokenDecoder(nn.Module):
@@ -172,7 +172,7 @@ class TokenDecoder(nn.Module):
 
 
 @MODELS.register("UMoED")
-class UMoED(ClipHashingModel):
+class UMoED(TokenSetModel):
     """Codes generated from CLIP tokens by a decoder with soft mixtures of experts.
 
     Args:
@@ -181,7 +181,6 @@ class UMoED(ClipHashingModel):
     """
 
     Config = UMoEDConfig
-    fields = frozenset({"image", "text", "labels"})
     reference_names = (
         (r"^(clip|backbone)\.", "backbone."),
         (r"^hash\.(hash_module|img_token_hash)\.", "heads.shared."),
@@ -199,11 +198,11 @@ class UMoED(ClipHashingModel):
         names = ("image", "text") if config.separate_heads else ("shared",)
         self.heads = nn.ModuleDict({name: TokenDecoder(data.clip.shape.embed_dim, config) for name in names})
 
-    def image_logits(self, image: Tensor) -> Tensor:
+    def image_sets(self, image: Tensor) -> Tensor:
         """Logits of the bit patterns of pictures [B, 3, R, R], from the class token and all patches: [B, M, W]."""
         return self._decode("image", self.backbone.image_tokens(image), None)
 
-    def text_logits(self, ids: Tensor) -> Tensor:
+    def text_sets(self, ids: Tensor) -> Tensor:
         """Logits of the bit patterns of texts [B, L], from all positions unless padding is masked: [B, M, W]."""
         behind_end = torch.arange(ids.shape[1], device=ids.device) > ids.argmax(1, keepdim=True)
         masks = self.config.mask_padding and len(ids) > 0  # torch's attention takes no mask of no rows
@@ -214,12 +213,6 @@ class UMoED(ClipHashingModel):
         head = self.heads[modality if self.config.separate_heads else "shared"]
         logits: Tensor = head(tokens, hidden).float()
         return logits
-
-    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
-        """One step's loss over the global batch."""
-        image, text = gather_rows(self.image_logits(batch["image"])), gather_rows(self.text_logits(batch["text"]))
-        with full_precision(image.device):
-            return self.objective(image, text, gather_rows(batch["labels"]))
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
         """The loss of the paper from the logits of all rows.
@@ -268,18 +261,9 @@ class UMoED(ClipHashingModel):
         distances = measure(image, text)
         return distances, distances.T
 
-    def encode_image(self, batch: Batch) -> Tensor:
-        """Codes of pictures, [B, K]."""
-        return pattern_codes(self.image_logits(batch["image"]))
-
-    def encode_text(self, batch: Batch) -> Tensor:
-        """Codes of texts, [B, K]."""
-        return pattern_codes(self.text_logits(batch["text"]))
-
-    def param_groups(self) -> ParamGroups:
-        """One optimizer, CLIP and the decoder at rates of their own."""
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        return {"main": {"backbone": backbone, "head": list(self.heads.parameters())}}
+    def binarise(self, sets: Tensor) -> Tensor:
+        """Logits of the bit patterns [B, M, W] -> codes [B, K]."""
+        return pattern_codes(sets)
 
 
 def pattern_codes(logits: Tensor) -> Tensor:
@@ -311,7 +295,7 @@ def disagreement(image: Tensor, text: Tensor) -> Tensor:
     Source:
         UMoED, TOMM 2025, distance of generated codes; the authors' code, `distance_mode: cosine`.
     """
-    return 1 - torch.einsum("bmw,kmw->bkm", image, text).clamp(min=0).mean(-1)
+    return 1 - einsum(image, text, "B M W, D M W -> B D M").clamp(min=0).mean(-1)
 
 
 def position_distance(image: Tensor, text: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_worked_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = worked_model(tmp_path, monkeypatch, train_proxies=True)
     codes = worked_codes()
     logits = wave(0.4, 6, 5, DOUBLE).requires_grad_(), wave(0.6, 6, 5, DOUBLE).requires_grad_()
-    out = model.objective(codes, logits, multi_hot(6, 5))
+    out = model.joint_objective(codes, logits, multi_hot(6, 5))
     wanted = {
         "proxy": 6.2434506639,
         "classification_image": 1.9712577420,
@@ -134,7 +134,7 @@ def test_edges_of_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: 
         "one label each": (torch.eye(5)[[3, 1, 4, 0, 2, 2]], [3, 1, 4, 0, 2, 2]),
     }[kind]
     codes, logits = worked_codes(), wave(0.4, 6, 5, DOUBLE)
-    out = model.objective(codes, (logits, logits), labels)
+    out = model.joint_objective(codes, (logits, logits), labels)
     torch.autograd.backward(out.loss)
     assert out.loss.isfinite() and all(x.grad is not None and x.grad.isfinite().all() for x in codes)
     assert out.terms["classification_image"].item() == pytest.approx(
@@ -148,7 +148,7 @@ def test_classifiers_learn_the_first_label(tmp_path: Path, monkeypatch: pytest.M
     logits = wave(0.4, 6, 5, DOUBLE)
     first = torch.tensor([0, 1, 2, 3, 1, 0])
     for kind in (torch.uint8, torch.bool, torch.float32):
-        out = model.objective(worked_codes(), (logits, logits), multi_hot(6, 5).to(kind))
+        out = model.joint_objective(worked_codes(), (logits, logits), multi_hot(6, 5).to(kind))
         wanted = float(F.cross_entropy(logits, first))
         assert out.terms["classification_text"].item() == pytest.approx(wanted)
         assert out.terms["proxy"].item() == pytest.approx(6.2434506639, abs=1e-9)  # no type of labels wraps around
@@ -158,7 +158,7 @@ def test_codes_that_are_not_finite_give_such_a_loss(tmp_path: Path, monkeypatch:
     model = worked_model(tmp_path, monkeypatch)
     logits = wave(0.4, 6, 5, DOUBLE)
     codes = torch.full((6, 4), torch.nan, dtype=DOUBLE)
-    assert model.objective((codes, codes), (logits, logits), multi_hot(6, 5)).loss.isnan()
+    assert model.joint_objective((codes, codes), (logits, logits), multi_hot(6, 5)).loss.isnan()
 
 
 @pytest.mark.parametrize("overrides", OPTIONS, ids=str)

@@ -195,7 +195,7 @@ def test_a_class_without_a_proxy_is_refused(tmp_path: Path, method: str) -> None
 
 def test_dropout_silences_bits_in_training_only() -> None:
     torch.manual_seed(0)
-    head = TanhHead(8, 1000, 0.2)
+    head = TanhHead(8, 1000, 0.2, "torch")
     features = torch.randn(4, 8)
     dropped, plain = head(features), head.eval()(features)
     silent = dropped == 0

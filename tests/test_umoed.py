@@ -146,10 +146,10 @@ def test_initial_weights() -> None:
 def test_dropout_is_silent_in_evaluation(tmp_path: Path, dropout: float) -> None:
     model, batch = small(tmp_path, dropout=dropout), rows_of()
     torch.manual_seed(0)
-    first, second = model.image_logits(batch["image"]), model.image_logits(batch["image"])
+    first, second = model.image_sets(batch["image"]), model.image_sets(batch["image"])
     assert torch.equal(first, second) == (dropout == 0)
     model.eval()
-    assert torch.equal(model.image_logits(batch["image"]), model.image_logits(batch["image"]))
+    assert torch.equal(model.image_sets(batch["image"]), model.image_sets(batch["image"]))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_masked_padding_changes_nothing_and_else_it_does(tmp_path: Path) -> None
     for mask, same in ((True, True), (False, False)):
         model = small(tmp_path, mask_padding=mask).eval()
         with torch.no_grad():
-            assert torch.allclose(model.text_logits(ids), model.text_logits(other), atol=1e-6) == same
+            assert torch.allclose(model.text_sets(ids), model.text_sets(other), atol=1e-6) == same
 
 
 def test_separate_heads_are_two(tmp_path: Path) -> None:

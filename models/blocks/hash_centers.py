@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -178,7 +179,7 @@ def majority_codes(labels: Tensor, centers: Tensor, ties: Tensor) -> Tensor:
 def code_pairs(codes: Tensor) -> Tensor:
     """Codes [B, K] in {-1, +1} as pairs [B, 2K]: 1, 0 for -1, and 0, 1 for +1."""
     plus = codes > 0
-    return torch.stack((~plus, plus), dim=-1).flatten(-2).to(codes)
+    return rearrange([~plus, plus], "two B K -> B (K two)").to(codes)
 
 
 def closed_form_transform(long: Tensor, short: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Hash heads, and the ways to binarise, that two or more methods use."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -29,7 +31,8 @@ def pair_softmax(logits: Tensor) -> Tensor:
         Probabilities of -1 and +1 for every bit, [B, 2K] float32 (float64 for float64).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.reshape(logits.shape[0], -1, 2).softmax(-1).flatten(-2)
+    pairs = rearrange(logits, "B (K two) -> B K two", two=2).softmax(-1)
+    return rearrange(pairs, "B K two -> B (K two)")
 
 
 def pair_codes(pairs: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ def pair_codes(pairs: Tensor) -> Tensor:
     Returns:
         Codes in {-1, +1}, [B, K] float32.
     """
-    minus, plus = pairs.reshape(pairs.shape[0], -1, 2).unbind(-1)
+    minus, plus = rearrange(pairs, "B (K two) -> two B K", two=2)
     return (plus > minus).float() * 2 - 1
 
 
@@ -56,17 +59,18 @@ def init_fan_out(linear: nn.Linear) -> nn.Linear:
 class TanhHead(nn.Module):
     """One linear map, dropout before the activation, tanh.
 
-    Starts at torch's default initialisation; a method that wants another changes `fc`.
-
     Args:
         width: Width E of the features.
         bits: K.
         dropout: Probability in [0, 1).
+        initialization: Of the map, `torch` (torch's default) or `fan_out` (`init_fan_out`).
     """
 
-    def __init__(self, width: int, bits: int, dropout: float) -> None:
+    def __init__(self, width: int, bits: int, dropout: float, initialization: Literal["torch", "fan_out"]) -> None:
         super().__init__()
         self.fc = nn.Linear(width, bits)
+        if initialization == "fan_out":
+            init_fan_out(self.fc)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Tensor) -> Tensor:

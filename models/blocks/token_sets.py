@@ -1,10 +1,17 @@
-"""What methods on sets of vectors made from tokens share beside equations: settings of the similarity, directions."""
+"""Methods on sets of vectors made from tokens: what they share beside equations."""
 
+from abc import abstractmethod
+
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
 from common.config import Section
+from common.losses import full_precision
 from common.set_losses import SetMode, set_cosines, set_distance
+from common.types import Batch, Progress, StepOutput
+from models.base import ClipHashingModel
+from utils.distributed import gather_rows
 
 
 class SetSimilarityConfig(Section):
@@ -30,6 +37,51 @@ def set_distances(image: Tensor, text: Tensor, mode: SetMode, config: SetSimilar
     cosines = set_cosines(image, text)  # [N, N, M, M]
     forth, back = (
         set_distance(each, mode, config.temperature, config.scale, config.denominator)
-        for each in (cosines, cosines.permute(1, 0, 3, 2))
+        for each in (cosines, rearrange(cosines, "N1 N2 M1 M2 -> N2 N1 M2 M1"))
     )
     return forth, back
+
+
+class TokenSetModel(ClipHashingModel):
+    """Makes a set of vectors from the tokens of every item; the loss compares the sets of the global batch."""
+
+    fields = frozenset({"image", "text", "labels"})
+
+    @abstractmethod
+    def image_sets(self, image: Tensor) -> Tensor:
+        """Pictures [B, 3, R, R] -> sets [B, M, W]."""
+
+    @abstractmethod
+    def text_sets(self, ids: Tensor) -> Tensor:
+        """Token ids of texts [B, L] -> sets [B, M, W]."""
+
+    @abstractmethod
+    def binarise(self, sets: Tensor) -> Tensor:
+        """Sets [B, M, W] -> codes in {-1, +1}, [B, K]."""
+
+    @abstractmethod
+    def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
+        """The loss of one batch.
+
+        Args:
+            image: Sets of pictures, [B, M, W].
+            text: Sets of texts, [B, M, W].
+            labels: Multi-hot labels, [B, C].
+
+        Returns:
+            Loss and terms, unweighted.
+        """
+
+    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
+        """One step's loss over the global batch."""
+        image, text = gather_rows(self.image_sets(batch["image"])), gather_rows(self.text_sets(batch["text"]))
+        with full_precision(image.device):
+            return self.objective(image, text, gather_rows(batch["labels"]))
+
+    def encode_image(self, batch: Batch) -> Tensor:
+        """Codes of pictures, [B, K]."""
+        return self.binarise(self.image_sets(batch["image"]))
+
+    def encode_text(self, batch: Batch) -> Tensor:
+        """Codes of texts, [B, K]."""
+        return self.binarise(self.text_sets(batch["text"]))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,12 +70,10 @@ class Attention(nn.Module):
         Returns:
             [B, L, W].
         """
-        rows, length, width = x.shape
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        split = projected.view(rows, length, 3, self.heads, width // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)  # each [B, heads, L, W / heads]
+        query, key, value = rearrange(projected, "B L (three heads w) -> three B heads L w", three=3, heads=self.heads)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(rearrange(mixed, "B heads L w -> B L (heads w)"))
         return out
 
 
@@ -158,7 +157,7 @@ class ImageTower(nn.Module):
                 f"pictures of {image.shape[-2]} x {image.shape[-1]} pixels for a CLIP of {self.image_size}: "
                 f"set the data set's image size to {self.image_size}, or choose a backbone of that size"
             )
-        patches = self.conv1(image).flatten(2).transpose(1, 2)  # [B, P, W], the grid row by row
+        patches = rearrange(self.conv1(image), "B W rows columns -> B (rows columns) W")
         start = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([start, patches], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))

@@ -68,8 +68,8 @@ class Case(MethodCase):
     def outputs(self, model: UMoED) -> dict[str, Tensor]:
         """Logits of the bit patterns and the bits of the most likely."""
         return {
-            "out/image_code": model.image_logits(self.batch["image"]),
-            "out/text_code": model.text_logits(self.batch["text"]),
+            "out/image_code": model.image_sets(self.batch["image"]),
+            "out/text_code": model.text_sets(self.batch["text"]),
             "out/image_binary": model.encode_image(self.batch),
             "out/text_binary": model.encode_text(self.batch),
         }
