@@ -10,6 +10,20 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of the values that count; 0 where none does.
+
+    Args:
+        values: [...], finite.
+        mask: Which of them count, of the same shape, bool.
+        dim: Over which dimension; None: over all.
+
+    Returns:
+        Scalar, or [...] without `dim`.
+    """
+    return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
 def asymmetric_likelihood(bank: Tensor, codes: Tensor, similarity: Tensor) -> Tensor:
     """Negative log-likelihood of pairwise similarities, codes of the batch against remembered codes of all items.
 

@@ -37,7 +37,7 @@ from common.losses import full_precision
 from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ParamGroups
-from models.blocks.heads import TANH_HEAD_NAMES, init_fan_out
+from models.blocks.heads import init_fan_out
 from models.blocks.pooled import TanhHashingConfig, TanhHashingModel
 from models.blocks.proxies import ClassProxies
 from utils.distributed import gather_rows
@@ -69,8 +69,7 @@ class DNPH(TanhHashingModel):
 
     Config = DNPHConfig
     reference_names = (
-        (r"^(clip|backbone)\.", "backbone."),
-        *TANH_HEAD_NAMES,
+        *TanhHashingModel.reference_names,
         (r"^(?:hash\.)?(image|text)_pre\.fc\.", r"\1_classifier."),
         (r"^(loss|DNPH)\.proxies$", "proxies.vectors"),
     )

@@ -31,11 +31,11 @@ from pydantic import Field
 from torch import Tensor
 
 from common.errors import UserError
+from common.losses import masked_mean
 from common.registry import MODELS
 from common.similarity import cosine_similarity, label_similarity
 from common.types import DataInfo, StepOutput
 from models.base import ParamGroups
-from models.blocks.heads import TANH_HEAD_NAMES
 from models.blocks.pooled import TanhHashingConfig, TanhHashingModel
 from models.blocks.proxies import ClassProxies
 
@@ -83,7 +83,7 @@ class DSPH(TanhHashingModel):
     """
 
     Config = DSPHConfig
-    reference_names = ((r"^(clip|backbone)\.", "backbone."), *TANH_HEAD_NAMES, (r"^hyp\.proxies$", "proxies.vectors"))
+    reference_names = (*TanhHashingModel.reference_names, (r"^hyp\.proxies$", "proxies.vectors"))
     reference_lacks = (r"proxies\.vectors",)
 
     def __init__(self, config: DSPHConfig, data: DataInfo) -> None:
@@ -190,7 +190,7 @@ def proxy_loss(cosines: Tensor, positive: Tensor, threshold: float) -> Tensor:
     Source:
         DSPH, TCSVT 2024, proxy loss. Differs from the authors' code: a mean over nothing is 0.
     """
-    return _mean_where(positive, 1 - cosines) + _mean_where(~positive, (cosines - threshold).clamp(min=0))
+    return masked_mean(1 - cosines, positive) + masked_mean((cosines - threshold).clamp(min=0), ~positive)
 
 
 def separation_loss(a: Tensor, b: Tensor, apart: Tensor, threshold: float) -> Tensor:
@@ -208,9 +208,4 @@ def separation_loss(a: Tensor, b: Tensor, apart: Tensor, threshold: float) -> Te
     Source:
         DSPH, TCSVT 2024, irrelevant-pair loss.
     """
-    return _mean_where(apart, (cosine_similarity(a, b) - threshold).clamp(min=0))
-
-
-def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
-    """Mean of the masked values, of one shape with the mask; 0 where there are none."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return masked_mean((cosine_similarity(a, b) - threshold).clamp(min=0), apart)

@@ -25,6 +25,14 @@ SMALL = {  # settings that name sizes of their own
     }
 }
 
+UNUSUAL_LABELS = {  # of six rows and five classes
+    "no similar pair": torch.eye(6)[:, :5],  # and a row without a label
+    "no dissimilar pair": torch.ones(6, 5),
+    "a class without an item": torch.tensor([[1.0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]).repeat(2, 1),
+    "an item without a label": torch.tensor([[1.0, 1, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).repeat(2, 1),
+    "no label at all": torch.zeros(6, 5),
+}
+
 
 def build(name: str, cache: Path) -> HashingModel:
     return tiny.build(name, str(cache), **SMALL.get(name, {"bits": 16}))
@@ -101,6 +109,19 @@ def test_encoders_need_no_optional_field_and_nothing_of_the_other_modality(model
 def test_a_batch_of_one_row_works(model: HashingModel) -> None:
     model.train()
     assert model(rows(model.fields, count=1), PROGRESS).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", UNUSUAL_LABELS)
+def test_unusual_labels_give_finite_losses_and_gradients(model: HashingModel, kind: str) -> None:
+    batch = rows(model.fields)
+    if "labels" not in batch:
+        pytest.skip("the method sees no labels")
+    model.train()
+    output = model(Batch({**batch, "labels": UNUSUAL_LABELS[kind]}), PROGRESS)
+    assert output.loss.isfinite() and all(term.isfinite() for term in output.terms.values())
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 def test_all_state_is_parameters_and_buffers(model: HashingModel) -> None:

@@ -28,6 +28,7 @@ CASES = [  # golden file, settings of its variant, start of the names that the a
     ("DSPH-unified-b16B13C80s1501", [], None),  # proxies of 80 classes, for data of 4
     ("DNPH-original-b16B13C80s1801", [], "DNPH."),
     ("DNPH-unified-b16B8C24s1701", [], None),
+    ("DDBH-qinlab-b16B8C24s3101", ["model.bits=16"], None),
     ("DIMCH-unified-b64B13C80s2101", ["model.bits=64", "model.set_size=8"], None),
     (
         "UMoED-unified-b16B8C24s2202",

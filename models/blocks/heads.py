@@ -124,9 +124,3 @@ PAIR_HEAD_NAMES = (  # reference name -> ours, for `reference_names` of methods 
     (r"^((?:image|text)_head)\.atten\.", r"\1.attention."),
     (r"^((?:image|text)_head)\.fc2\.", r"\1.fc."),
 )
-
-TANH_HEAD_NAMES = (  # reference name -> ours, for `reference_names` of methods with a TanhHead for each modality
-    (r"^hash\.img_hash\.", "image_head."),
-    (r"^hash\.txt_hash\.", "text_head."),
-    (r"^(?:hash\.)?(image|text)_hash\.", r"\1_head."),
-)

@@ -1,7 +1,7 @@
 """Methods with one hash head per modality on CLIP's pooled features: what they share beside their loss."""
 
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -80,6 +80,12 @@ class TanhHashingModel(PooledHashingModel):
         initialization: Of the heads, see `TanhHead`.
     """
 
+    reference_names: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"^(clip|backbone)\.", "backbone."),
+        (r"^hash\.img_hash\.", "image_head."),
+        (r"^hash\.txt_hash\.", "text_head."),
+        (r"^(?:hash\.)?(image|text)_hash\.", r"\1_head."),
+    )
     image_head: TanhHead
     text_head: TanhHead
 

@@ -150,3 +150,16 @@ class MethodCase:
         if missing or unknown:
             raise UserError(f"the checkpoint does not fit: missing {missing[:3]}, unknown {unknown[:3]}")
         return model
+
+
+class TanhCase(MethodCase):
+    """One batch through a method with a tanh head for each modality."""
+
+    def outputs(self, model: Any) -> dict[str, Tensor]:
+        """Relaxed codes and codes."""
+        return {
+            "out/image_code": model.image_head(model.backbone.image_features(self.batch["image"])),
+            "out/text_code": model.text_head(model.backbone.text_features(self.batch["text"])),
+            "out/image_binary": model.encode_image(self.batch),
+            "out/text_binary": model.encode_text(self.batch),
+        }

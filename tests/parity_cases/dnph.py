@@ -6,10 +6,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from models.dnph import DNPH
-from tests.parity_cases.base import MethodCase, Tree
+from tests.parity_cases.base import TanhCase, Tree
 
 
-class Case(MethodCase):
+class Case(TanhCase):
     """A case of DNPH."""
 
     def model_section(self) -> Tree:
@@ -71,10 +71,7 @@ class Case(MethodCase):
             model.backbone.text_features(self.batch["text"]),
         )
         return {
-            "out/image_code": model.image_head(image),
-            "out/text_code": model.text_head(text),
-            "out/image_binary": model.encode_image(self.batch),
-            "out/text_binary": model.encode_text(self.batch),
+            **super().outputs(model),
             "out/image_pre": model.image_classifier(image),
             "out/text_pre": model.text_classifier(text),
         }

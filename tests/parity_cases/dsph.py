@@ -3,11 +3,10 @@
 from torch import Tensor
 
 from common.errors import UserError
-from models.dsph import DSPH
-from tests.parity_cases.base import MethodCase, Tree
+from tests.parity_cases.base import TanhCase, Tree
 
 
-class Case(MethodCase):
+class Case(TanhCase):
     """A case of DSPH."""
 
     def model_section(self) -> Tree:
@@ -39,12 +38,3 @@ class Case(MethodCase):
         """Two sums: everything about proxies, and everything about pairs with its weight."""
         pairs = terms["separation_image"] + terms["separation_text"] + terms["separation_cross"]
         return {"proxy": terms["proxy_image"] + terms["proxy_text"], "reg": self.settings["alpha"] * pairs}
-
-    def outputs(self, model: DSPH) -> dict[str, Tensor]:
-        """Relaxed codes and codes."""
-        return {
-            "out/image_code": model.image_head(model.backbone.image_features(self.batch["image"])),
-            "out/text_code": model.text_head(model.backbone.text_features(self.batch["text"])),
-            "out/image_binary": model.encode_image(self.batch),
-            "out/text_binary": model.encode_text(self.batch),
-        }
