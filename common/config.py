@@ -124,7 +124,8 @@ class Config:
     @property
     def run_folder(self) -> Path:
         """`run.save_dir` with {model}, {dataset}, {bits} and {seed} filled in."""
-        names = {"model": self.model.name, "dataset": self.dataset.name, "bits": self.model.bits, "seed": self.run.seed}
+        model = MODELS.folder(self.model.name)
+        names = {"model": model, "dataset": self.dataset.name, "bits": self.model.bits, "seed": self.run.seed}
         try:
             return Path(self.run.save_dir.format(**names))
         except (LookupError, ValueError, AttributeError, TypeError):

@@ -21,15 +21,19 @@ T = TypeVar("T")
 
 def near_names(name: str, known: list[str]) -> str:
     """`; did you mean 'a' or 'b'?` for names of `known` close to `name`, case ignored; empty if none is close."""
-    folded: dict[str, str] = {}
+    folded: dict[str, list[str]] = {}
     for candidate in known:
-        folded.setdefault(candidate.casefold(), candidate)
-    near = [folded[match] for match in difflib.get_close_matches(name.casefold(), list(folded), n=2, cutoff=0.6)]
+        folded.setdefault(candidate.casefold(), []).append(candidate)
+    matches = difflib.get_close_matches(name.casefold(), list(folded), n=2, cutoff=0.6)
+    near = [candidate for match in matches for candidate in folded[match]]
     return f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by name. Names are unique ignoring case, since DNPH and DNpH are two different methods.
+    """Classes of one kind by name, and the name that each has in paths.
+
+    DNPH and DNpH are two different methods, so case tells names apart. Some file systems do not see it, so names in
+    paths are unique ignoring case.
 
     Args:
         kind: What the names stand for, for messages: "model", "runner", ...
@@ -40,24 +44,35 @@ class Registry(Generic[T]):
         self.kind = kind
         self.package = package
         self._classes: dict[str, T] = {}
+        self._folders: dict[str, str] = {}  # name -> its name in paths
         self._failed: dict[str, str] = {}  # module -> why it could not be imported
         self._scanned = False
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that registers a class under `name`.
+    def register(self, name: str, folder: str | None = None) -> Callable[[T], T]:
+        """Decorator that registers a class.
+
+        Args:
+            name: In configs.
+            folder: In paths; needed where another name differs from `name` in case only. None: `name`.
 
         Raises:
-            UserError: If the name is taken, also if it differs in case only.
+            UserError: If the name is taken, or the name in paths, also if that differs in case only.
         """
+        in_paths = name if folder is None else folder
 
         def decorate(cls: T) -> T:
             if not getattr(cls, "__module__", "").startswith(f"{self.package}."):
                 self._scan()  # a name from outside must not take one of the library's
             for taken, other in self._classes.items():
-                if taken.casefold() == name.casefold():
-                    place = getattr(other, "__module__", "?")
-                    raise UserError(f"{self.kind} name {name!r} is taken by {taken!r} of {place}; choose another name")
-            self._classes[name] = cls
+                place = getattr(other, "__module__", "?")
+                if taken == name:
+                    raise UserError(f"{self.kind} name {name!r} is taken by {place}; choose another name")
+                if self._folders[taken].casefold() == in_paths.casefold():
+                    raise UserError(
+                        f"{self.kind} {name!r} would share the folders of {taken!r} of {place}, since some file "
+                        "systems do not see case; choose another name, or register it with a folder of its own"
+                    )
+            self._classes[name], self._folders[name] = cls, in_paths
             return cls
 
         return decorate
@@ -79,10 +94,19 @@ class Registry(Generic[T]):
             )
         return self._classes[name]
 
+    def folder(self, name: str) -> str:
+        """What the class registered under `name` is called in paths.
+
+        Raises:
+            UserError: As `get`.
+        """
+        self.get(name)
+        return self._folders[name]
+
     def names(self) -> list[str]:
         """All registered names, sorted; imports the package."""
         self._scan()
-        return sorted(self._classes, key=str.casefold)
+        return sorted(self._classes, key=lambda name: (name.casefold(), name))
 
     @property
     def failed(self) -> dict[str, str]:

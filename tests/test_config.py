@@ -7,6 +7,7 @@ import yaml
 
 from common.config import SECTIONS, flatten, load_config, read_yaml
 from common.errors import UserError
+from common.registry import MODELS
 
 ROOT = Path(__file__).parent.parent
 MITH = ROOT / "configs" / "MITH" / "config.yaml"
@@ -19,7 +20,7 @@ def method_configs() -> list[Path]:
 @pytest.mark.parametrize("path", method_configs(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_config_is_valid_and_short(path: Path) -> None:
     config = load_config(path)
-    assert config.model.name == path.parent.name
+    assert MODELS.folder(config.model.name) == path.parent.name
     assert len(path.read_text().splitlines()) <= 40
     assert set(config.origins) == set(flatten(config.tree))
 

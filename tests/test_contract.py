@@ -64,7 +64,7 @@ def test_a_step_gives_a_finite_scalar_and_every_parameter_a_gradient(model: Hash
 
 
 def test_groups_are_those_of_every_shipped_config(model: HashingModel) -> None:
-    for path in sorted((ROOT / "configs" / _name(model)).glob("*.yaml")):
+    for path in sorted((ROOT / "configs" / MODELS.folder(_name(model))).glob("*.yaml")):
         optim = load_config(path).optim
         assert {name: set(entry.lr) for name, entry in optim.items()} == {
             name: set(groups) for name, groups in model.param_groups().items()

@@ -29,10 +29,10 @@ SETTINGS = {
 
 def config_of(method: str, folder: Path, overrides: list[str]) -> Config:
     """The method's COCO settings on the tiny data, without dropout."""
-    path = ROOT / "configs" / method / "coco.yaml"
+    path = ROOT / "configs" / MODELS.folder(method) / "coco.yaml"
     tree = load_config(path if path.exists() else ROOT / "configs" / "MITH" / "coco.yaml").tree
     if not path.exists():  # CLIP itself, which is trained on the embedded data only
-        own = load_config(ROOT / "configs" / method / "config.yaml").tree
+        own = load_config(path.with_name("config.yaml")).tree
         tree = {**tree, "model": own["model"], "optim": own["optim"]}
         shape = {name: getattr(tiny_data.SHAPE, name) for name in type(tiny_data.SHAPE).__dataclass_fields__}
         small = [f"model.{name}={value}" for name, value in shape.items()]

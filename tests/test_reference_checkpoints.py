@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.config import load_config
+from common.registry import MODELS
 from dataset.texts.tokenizer import END_OF_TEXT
 from models.blocks.center_files import write_centers
 from models.blocks.hash_centers import HashCenters
@@ -29,6 +30,7 @@ CASES = [  # golden file, settings of its variant, start of the names that the a
     ("DNPH-original-b16B13C80s1801", [], "DNPH."),
     ("DNPH-unified-b16B8C24s1701", [], None),
     ("DDBH-qinlab-b16B8C24s3101", ["model.bits=16"], None),
+    ("DNpH-qinlab-b16B8C24s3461", ["model.bits=16"], None),
     ("DIMCH-unified-b64B13C80s2101", ["model.bits=64", "model.set_size=8"], None),
     (
         "UMoED-unified-b16B8C24s2202",
@@ -63,7 +65,7 @@ def save(arrays: dict[str, np.ndarray], path: Path, left_out: str | None = None,
 def settings(name: str, tiny_overrides: list[str], more: list[str]) -> tuple[Path, list[str]]:
     """Configuration file and entries that put a case's method on the tiny data, in the sizes of the case's CLIP."""
     sizes = ["dataset.image_size=64", "dataset.text_length=32", "evaluate.caption=first"]
-    return ROOT / "configs" / name.split("-")[0] / "coco.yaml", [*tiny_overrides, *sizes, *more]
+    return ROOT / "configs" / MODELS.folder(name.split("-")[0]) / "coco.yaml", [*tiny_overrides, *sizes, *more]
 
 
 @pytest.mark.parametrize(("name", "more", "left_out"), CASES, ids=[case[0] for case in CASES])

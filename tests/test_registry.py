@@ -53,14 +53,23 @@ def test_miss_names_near_and_all_names_and_broken_siblings(package: str) -> None
     assert "\n" not in text
 
 
-def test_names_are_unique_ignoring_case() -> None:
+def test_names_are_unique_and_names_in_paths_are_so_ignoring_case() -> None:
     registry: Registry[type] = Registry("model", "models")
-    registry.register("DNPH")(int)
-    with pytest.raises(UserError, match="'DNpH' is taken by 'DNPH'"):
-        registry.register("DNpH")(float)
-    with pytest.raises(UserError, match="taken"):
-        registry.register("DNPH")(float)
-    assert registry._classes == {"DNPH": int}
+    registry.register("Lion")(int)
+    with pytest.raises(UserError, match="'LION' would share the folders of 'Lion'"):
+        registry.register("LION")(float)
+    with pytest.raises(UserError, match="'Lioness' would share the folders of 'Lion'"):
+        registry.register("Lioness", folder="lion")(float)
+    with pytest.raises(UserError, match="'Lion' is taken"):
+        registry.register("Lion", folder="Lion-2")(float)
+    registry.register("LION", folder="LION-2")(float)
+    assert (registry.get("Lion"), registry.folder("Lion")) == (int, "Lion")
+    assert (registry.get("LION"), registry.folder("LION")) == (float, "LION-2")
+
+
+def test_methods_that_differ_in_case_only_are_both_near() -> None:
+    with pytest.raises(UserError, match="did you mean 'DNPH' or 'DNpH'"):
+        MODELS.get("dnph")
 
 
 def test_lookup_is_exact_about_case() -> None:

@@ -22,7 +22,7 @@ METHODS = [name for name in MODELS.names() if name != "CLIP"]  # CLIP's own code
 
 
 def config(method: str) -> Path:
-    return ROOT / "configs" / method / "coco.yaml"
+    return ROOT / "configs" / MODELS.folder(method) / "coco.yaml"
 
 
 def arguments(method: str, folder: Path, settings: list[str], *more: str) -> list[str]:

@@ -30,7 +30,7 @@ ROWS, CLASSES, LENGTH, WORDS = 11, 5, 12, 20
 
 def section(method: str, **overrides: Any) -> dict[str, Any]:
     """The `model:` section of `configs/<METHOD>/config.yaml` for 16 bits, with some values replaced."""
-    path = Path(__file__).parents[1] / "configs" / method / "config.yaml"
+    path = Path(__file__).parents[1] / "configs" / MODELS.folder(method) / "config.yaml"
     return {**read_yaml(path.read_text(encoding="utf-8"), str(path))["model"], "bits": 16, **overrides}
 
 

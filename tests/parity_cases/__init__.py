@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.registry import MODELS
 from tests.parity_cases.base import MethodCase
 
 
@@ -14,9 +15,9 @@ def open_case(cfg: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> MethodCa
     """The case of the method that `cfg` names: class `Case` of `tests/parity_cases/<method>.py`.
 
     Raises:
-        UserError: If the method has no such module.
+        UserError: If there is no such method, or it has no such module.
     """
-    name = f"tests.parity_cases.{cfg['method'].lower()}"
+    name = f"tests.parity_cases.{MODELS.get(cfg['method']).__module__.rpartition('.')[2]}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
