@@ -190,7 +190,7 @@ def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="SyntaxError"):
         import_file(file)
     file.write_text("from common.registry import MODELS\nMODELS.register('mith')(int)\n")
-    with pytest.raises(UserError, match="'mith' is taken by 'MITH'"):
+    with pytest.raises(UserError, match="'mith' would share the folders of 'MITH'"):
         import_file(file)
 
 
