@@ -183,12 +183,12 @@ def test_loss_does_not_depend_on_the_order_of_rows_or_the_type_of_labels(tmp_pat
         assert model.objective(image, text, labels.to(kind)).loss.item() == loss
 
 
-@pytest.mark.parametrize("method", ["DSPH", "DNPH"])
-def test_a_class_without_a_proxy_is_refused(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("method", ["DSPH", "DNPH", "DNcH"])
+def test_a_class_that_the_model_does_not_know_is_refused(tmp_path: Path, method: str) -> None:
     model = build(method, str(tmp_path))
     for classes in (CLASSES + 1, CLASSES - 1):
         batch = Batch({**rows_of(), "labels": torch.ones(11, classes)})
-        with pytest.raises(UserError, match=rf"{classes} classes.*proxies of {CLASSES}") as error:
+        with pytest.raises(UserError, match=rf"{classes} classes.*made for {CLASSES}") as error:
             model(batch, START)
         assert "\n" not in str(error.value)
 

@@ -36,10 +36,22 @@ class ClassProxies(nn.Module):
         Raises:
             UserError: If the rows have labels of other classes than those with a proxy.
         """
-        classes, proxies = labels.shape[1], self.vectors.shape[0]
-        if classes != proxies:
-            raise UserError(
-                f"a batch has labels of {classes} classes, but the model has proxies of {proxies}: a class without a "
-                "proxy cannot be trained; train on the data set that the run began with, or begin a new run"
-            )
+        require_classes(labels, self.vectors.shape[0])
         return labels > 0
+
+
+def require_classes(labels: Tensor, num_classes: int) -> None:
+    """Checks that labels are of as many classes as the model has something for: proxies, prototypes, boundaries.
+
+    Args:
+        labels: Multi-hot labels, [B, C], any dtype.
+        num_classes: Of the model.
+
+    Raises:
+        UserError: If they are not.
+    """
+    if labels.shape[1] != num_classes:
+        raise UserError(
+            f"a batch has labels of {labels.shape[1]} classes, but the model was made for {num_classes}: a class that "
+            "it does not know cannot be trained; train on the data set that the run began with, or begin a new run"
+        )
