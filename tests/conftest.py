@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from tests import tiny_data
 
 torch.set_num_threads(1)  # sums have one order in this process and in those that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under `nohup` or in the background of a script: inherited by
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start, which would not hear Ctrl-C either
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs a function in several gloo processes, for tests that compare several processes with one."""
+"""Runs a function in processes of its own that have the packages loaded already: importing them costs seconds."""
 
 import multiprocessing
 import os
@@ -11,7 +11,34 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel"])  # paid once a session
+multiprocessing.set_forkserver_preload(
+    ["tests.test_contract", "tests.commands", "torch._dynamo"]
+)  # all that is imported
+
+
+class Forked(multiprocessing.context.ForkServerProcess):
+    """A process that calls a function, and that a test may kill; asked how it is as a `subprocess.Popen` is.
+
+    Args:
+        function: A function at the top level of a module.
+        arguments: What can be pickled.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        super().__init__(target=_call, args=(function, arguments))
+        self.start()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def communicate(self, timeout: float | None = None) -> str:
+        self.join(timeout)
+        return f"exit code {self.exitcode}"
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:

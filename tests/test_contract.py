@@ -18,12 +18,6 @@ from tests import tiny_models as tiny
 ROOT = Path(__file__).parent.parent
 METHODS = MODELS.names()
 PROGRESS = Progress(epoch=1, epochs=4, step=12, steps_per_epoch=10)
-SMALL = {  # settings that name sizes of their own
-    "CLIP": {
-        "bits": tiny.SHAPE.embed_dim,
-        **{name: getattr(tiny.SHAPE, name) for name in type(tiny.SHAPE).__dataclass_fields__},
-    }
-}
 
 UNUSUAL_LABELS = {  # of six rows and five classes
     "no similar pair": torch.eye(6)[:, :5],  # and a row without a label
@@ -35,7 +29,7 @@ UNUSUAL_LABELS = {  # of six rows and five classes
 
 
 def build(name: str, cache: Path) -> HashingModel:
-    return tiny.build(name, str(cache), **SMALL.get(name, {"bits": 16}))
+    return tiny.build(name, str(cache), **tiny.SMALL.get(name, {}))
 
 
 def rows(fields: frozenset[str], count: int = 6, seed: int = 1) -> Batch:

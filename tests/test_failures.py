@@ -107,6 +107,7 @@ def test_a_killed_process_ends_all(victim: int, tmp_path: Path, tiny_overrides: 
     assert_gone(pids)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_where_the_run_stood(tmp_path: Path, tiny_overrides: list[str]) -> None:
     settings = [*tiny_overrides, "run.checkpoint_every=1", "run.epochs=8", "evaluate.every=8"]
     process = start(*arguments("DSPH", tmp_path / "one", settings))

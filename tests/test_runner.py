@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ import yaml
 from common.checkpoint import Checkpoints, load
 from common.config import load_config
 from common.registry import MODELS
+from runners.runner import Runner
 from tests.commands import ROOT, finish, run, start
+from tests.processes import Forked
+from tests.tiny_models import small_settings
 
 METHODS = [name for name in MODELS.names() if name != "CLIP"]  # CLIP's own codes have their own test below
 
@@ -26,7 +30,21 @@ def config(method: str) -> Path:
 
 
 def arguments(method: str, folder: Path, settings: list[str], *more: str) -> list[str]:
-    return ["--config-file", str(config(method)), "--save-dir", str(folder), *settings, *more]
+    """A run of a method in small; `settings` and what follows have the last word."""
+    return ["--config-file", str(config(method)), "--save-dir", str(folder), *small_settings(method), *settings, *more]
+
+
+def interrupted_at(step: int, number: signal.Signals, *arguments: str) -> tuple[int, str, str]:
+    """Runs the command line in this process, which gets a signal while it takes a step."""
+    save = Runner._save_if_due
+
+    def save_when_asked_to_stop(runner: Runner) -> None:
+        if runner.state.step == step:
+            signal.raise_signal(number)
+        save(runner)
+
+    with mock.patch.object(Runner, "_save_if_due", save_when_asked_to_stop):
+        return run(*arguments)
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,13 +78,9 @@ def test_every_method_trains_resumes_and_evaluates(method: str, tmp_path: Path, 
     assert "random codes" in out and "results.json" in out
     assert len(losses(whole)) == 10
 
-    stop = start(*arguments(method, parts, tiny_overrides, "run.checkpoint_every=1"))
-    wait_for_step(parts, 3, stop)
-    stop.send_signal(signal.SIGTERM)
-    assert stop.wait(timeout=60) == 75, stop.communicate()
-    assert 3 <= int(Checkpoints(parts / "checkpoints", 1).paths()[-1].stem.removeprefix("step-")) < 10
-    code, out, err = run(*arguments(method, parts, tiny_overrides, "run.checkpoint_every=1", "--resume"))
-    assert code == 0 and "going on after step" in err, err
+    assert interrupted_at(7, signal.SIGTERM, *arguments(method, parts, tiny_overrides))[0] == 75
+    code, out, err = run(*arguments(method, parts, tiny_overrides, "--resume"))
+    assert code == 0 and "going on after step 7 of 10" in err, err
     assert_same_state(final_state(whole), final_state(parts))
     assert losses(whole) == losses(parts)
     again = json.loads((parts / "results.json").read_text())
@@ -79,7 +93,7 @@ def test_every_method_trains_resumes_and_evaluates(method: str, tmp_path: Path, 
     assert_same_codes(whole / "codes-best.npz", whole / "codes-best.mat", int(results["bits"]))
 
 
-def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str] | Forked") -> None:
     log = folder / "log.jsonl"
     deadline = time.monotonic() + 120
     while not log.exists() or len(log.read_text().splitlines()) < step:
@@ -137,16 +151,16 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(tmp_path: Path, tiny_overrides: li
 
 def test_sigkill_at_any_moment_changes_nothing(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """Killed again and again, checkpoint writing included, and resumed each time: the undisturbed run's weights."""
-    settings = [*tiny_overrides, "run.checkpoint_every=1", "run.epochs=6"]
+    settings = [*tiny_overrides, "run.checkpoint_every=1", "run.epochs=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(*arguments("MITH", whole, settings))[0] == 0
     generator = np.random.default_rng(1)
     for attempt in range(5):
-        process = start(*arguments("MITH", killed, settings, "--resume"))
-        wait_for_step(killed, 1 + 4 * attempt, process)
+        process = Forked(run, *arguments("MITH", killed, settings, "--resume"))
+        wait_for_step(killed, 1 + 3 * attempt, process)
         time.sleep(float(generator.uniform(0, 0.1)))
         process.kill()
-        process.wait()
+        process.join()
     code, _, err = run(*arguments("MITH", killed, settings, "--resume"))
     assert code == 0, err
     assert_same_state(final_state(whole), final_state(killed))
@@ -156,7 +170,7 @@ def test_sigkill_at_any_moment_changes_nothing(tmp_path: Path, tiny_overrides: l
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("launcher", ["distribute", "torchrun"])
+@pytest.mark.parametrize("launcher", ["distribute", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_give_the_results_of_one(launcher: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*arguments("DSPH", one, tiny_overrides))[0] == 0

@@ -1,5 +1,6 @@
 """Every registered method in small: a tiny CLIP, a few rows of data, the settings of the method's own YAML."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,21 @@ SHAPE = ClipShape(
     vocabulary=60,
 )
 ROWS, CLASSES, LENGTH, WORDS = 11, 5, 12, 20
+SMALL: dict[str, dict[str, Any]] = {  # what a method's own YAML makes large, beside `bits`; most methods need no entry
+    "CLIP": {"bits": SHAPE.embed_dim, **dataclasses.asdict(SHAPE)},
+    "UMoED": {"layers": 2, "feed_forward_width": 128},
+}
 
 
 def section(method: str, **overrides: Any) -> dict[str, Any]:
     """The `model:` section of `configs/<METHOD>/config.yaml` for 16 bits, with some values replaced."""
     path = Path(__file__).parents[1] / "configs" / MODELS.folder(method) / "config.yaml"
     return {**read_yaml(path.read_text(encoding="utf-8"), str(path))["model"], "bits": 16, **overrides}
+
+
+def small_settings(method: str) -> list[str]:
+    """What makes a method small, as entries of a command line."""
+    return [f"model.{key}={value}" for key, value in SMALL.get(method, {}).items()]
 
 
 def rows_of(seed: int = 0) -> Batch:
