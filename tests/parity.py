@@ -53,6 +53,7 @@ def absolute(value: float) -> Bound:
 
 EQUAL = Bound("equal", torch.zeros_like)
 OUTPUTS = absolute(5e-5)
+PROBABILITIES = absolute(1e-4)
 LOSS = Bound("5e-5 relative or 1e-6", lambda reference: (5e-5 * reference.abs()).clamp(min=1e-6))
 LOOSE_TERM = Bound("5e-5 relative or 1e-4", lambda reference: (5e-5 * reference.abs()).clamp(min=1e-4))
 GRADIENTS = Bound("3e-4 of the largest", lambda reference: 3e-4 * reference.abs().max().expand_as(reference))
@@ -177,6 +178,7 @@ def _outputs(case: MethodCase, model: torch.nn.Module) -> dict[str, Tensor]:
 def _check_outputs(name: str, case: MethodCase, model: torch.nn.Module) -> Iterator[Row]:
     ours = _outputs(case, model)
     wanted = {key: value for key, value in case.arrays.items() if key.startswith(("out/", "out_query/"))}
+    draws = {key: value for key, value in case.arrays.items() if key.startswith("miner/")}
     codes = {key: value for key, value in wanted.items() if key.endswith("_code")}
     binary = {key: value for key, value in wanted.items() if key.endswith("_binary")}
     features = {key: value for key, value in wanted.items() if key not in codes and key not in binary}
@@ -185,6 +187,8 @@ def _check_outputs(name: str, case: MethodCase, model: torch.nn.Module) -> Itera
         yield compare(name, "binary codes", ours, binary, EQUAL)
     if features:
         yield compare(name, "intermediate outputs", ours, features, OUTPUTS)
+    if draws:
+        yield compare(name, "drawing probabilities", ours, draws, PROBABILITIES)
 
 
 def _check_first_step(

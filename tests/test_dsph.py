@@ -183,7 +183,7 @@ def test_loss_does_not_depend_on_the_order_of_rows_or_the_type_of_labels(tmp_pat
         assert model.objective(image, text, labels.to(kind)).loss.item() == loss
 
 
-@pytest.mark.parametrize("method", ["DSPH", "DNPH", "DNcH"])
+@pytest.mark.parametrize("method", ["DSPH", "DNPH", "DNcH", "DDWSH"])
 def test_a_class_that_the_model_does_not_know_is_refused(tmp_path: Path, method: str) -> None:
     model = build(method, str(tmp_path))
     for classes in (CLASSES + 1, CLASSES - 1):

@@ -52,7 +52,7 @@ class MethodCase:
         raise NotImplementedError
 
     def outputs(self, model: Any) -> dict[str, Tensor]:
-        """Everything under out/ (and out_query/) in evaluation mode, by full name, in the reference's layout."""
+        """Everything under out/ (out_query/, miner/) in evaluation mode, by full name, in the reference's layout."""
         raise NotImplementedError
 
     def loose_terms(self) -> frozenset[str]:
