@@ -12,10 +12,8 @@ from models.ddwsh import DDWSH, boundary_loss
 from tests.tiny_models import build
 from tests.worked import multi_hot, wave
 
-LABELS = (
-    torch.tensor(  # rows 0, 1, 2 share a label, 3 and 4 another; 5 is alone, 6 has none, 7 shares with all but 6
-        [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 1]]
-    )
+LABELS = torch.tensor(  # rows 0, 1, 2 share a label, 3 and 4 another; 5 is alone, 6 has none, 7 shares with all but 6
+    [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 1]]
 )
 
 
