@@ -1,5 +1,6 @@
 """DNcH: worked values of the loss, mining by hand, rows without or with all labels."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,46 @@ def test_worked_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.autograd.backward(out.loss)
     norms = [float(x.grad.norm()) for x in (image, text, prototypes) if x.grad is not None]
     assert norms == pytest.approx((0.3092898282, 0.3352043524, 0.4888086970), abs=1e-9)
+
+
+def contrast_by_loops(a: Tensor, b: Tensor, prototypes: Tensor, labels: Tensor, strict: bool) -> float:
+    """The contrast for temperature 0.2, margin 0.3 and delta 0.5, as the paper's sums."""
+    units = [torch.nn.functional.normalize(x).tolist() for x in (a, b, prototypes)]
+    rows, total = labels.tolist(), 0.0
+
+    def cosine(x: list[float], y: list[float]) -> float:
+        return sum(u * v for u, v in zip(x, y, strict=True))
+
+    for own, anchor in zip(rows, units[0], strict=True):
+        to_items = [cosine(anchor, x) for x in units[1]]
+        to_classes = [cosine(anchor, x) for x in units[2]]
+        alike = [cosine(own, other) > 0 for other in rows]
+        zeros = [] if strict else [0.0]
+        lowest = min([d for d, s in zip(to_items, alike, strict=True) if s] + (zeros if not all(alike) else []))
+        highest = max([d for d, s in zip(to_items, alike, strict=True) if not s] + zeros, default=-math.inf)
+        sums = {True: 0.0, False: 0.0}
+        for d, s in zip(to_items, alike, strict=True):
+            easy = d - 0.3 >= highest if s else d + 0.3 <= lowest
+            mined = 0.0 if easy else d
+            sums[s] += math.exp(d / 0.2 + (-0.5 * (1 + mined) / 4 if s else 0.5 * (mined - 1)))
+        for kind in (True, False):
+            share = sum(s is kind for s in alike) / max(1, sum((y > 0) is kind for y in own))
+            for e, y in zip(to_classes, own, strict=True):
+                if (y > 0) is kind:
+                    sums[kind] += share * math.exp(e / 0.2 + (-0.5 * (1 + e) / 4 if kind else 0.5 * (e - 1)))
+        total -= math.log(sums[True] / (sums[True] + sums[False]))
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_contrast_by_loops(strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(tmp_path, temperature=0.2, margin=0.3, delta=0.5, strict_mining=strict)
+    image, text, prototypes = (x.detach() for x in worked_codes())
+    monkeypatch.setattr(type(model.prototypes), "forward", lambda _: prototypes)
+    out, labels = model.objective(image, text, multi_hot(6, 5)), multi_hot(6, 5)
+    for name, (a, b) in {"image": (image, image), "i2t": (image, text), "t2i": (text, image)}.items():
+        wanted = contrast_by_loops(a, b, prototypes, labels, strict)
+        assert out.terms[f"contrast_{name}"].item() == pytest.approx(wanted, abs=1e-9)
 
 
 def test_mining_by_hand() -> None:
