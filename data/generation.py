@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +26,6 @@ from common.registry import DATASETS
 from data.mat_files import clean_text
 from dataset.base import PairedDataset
 from dataset.pictures.reading import Pictures
-from utils.files import FolderLock, make_folder
 from utils.launch import pick_device
 from utils.logging import setup_logging
 from utils.progress import progress
@@ -214,23 +212,6 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Makes a folder, and keeps other processes from writing there meanwhile.
-
-    Raises:
-        UserError: If it cannot be written to, or another process is writing there.
-    """
-    make_folder(folder, "--output")
-    lock = FolderLock(folder)
-    try:
-        if not lock.acquire(wait=False):
-            raise UserError(f"{folder}: another run is writing there; wait for it to end")
-        yield
-    finally:
-        lock.release()
 
 
 def run(

@@ -29,7 +29,6 @@ from data.generation import (
     base_parser,
     batches,
     caption_pictures,
-    claimed,
     digest,
     open_bare_dataset,
     open_pretrained,
@@ -42,7 +41,7 @@ from dataset.columns import CaptionColumn
 from dataset.mat import COUNTERPART_SOURCE
 from dataset.pictures.draws import Purpose, uniform
 from dataset.pictures.reading import PictureFiles
-from utils.files import atomic, write_json, write_text
+from utils.files import atomic, claimed, write_json, write_text
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def make(options: argparse.Namespace, config: Config, device: torch.device) -> N
         "texts": digest(texts),
         "queries": data.query_fingerprint,
     }
-    with claimed(folder):
+    with claimed(folder, "--output"):
         _claim_contents(folder, source)
         make_pictures(texts, folder, options, device)
         paths = [str(folder / f"{number}.png") for number in range(1, len(texts) + 1)]

@@ -22,9 +22,9 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.config import Config
 from common.errors import UserError
-from data.generation import Captioner, Journal, base_parser, caption_pictures, claimed, digest, open_bare_dataset, run
+from data.generation import Captioner, Journal, base_parser, caption_pictures, digest, open_bare_dataset, run
 from data.mat_files import string_rows, write_mat
-from utils.files import write_text
+from utils.files import claimed, write_text
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def make(options: argparse.Namespace, config: Config, device: torch.device) -> N
     names = list(data.names)
     path = Path(config.dataset.root) / options.output
     settings = {"model": options.model, "max_tokens": options.max_tokens, "beams": options.beams}
-    with claimed(path.parent):
+    with claimed(path.parent, "--output"):
         source = {**settings, "batch_size": options.batch_size, "pictures": digest(names)}
         journal = Journal(path.with_name(f".{path.name}.captions"), source)
         captions = caption_pictures(

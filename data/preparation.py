@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common.errors import UserError
 from data.mat_files import clean_text, string_cells, string_rows, write_set, writing
-from utils.files import FolderLock, atomic, make_folder, write_text
+from utils.files import atomic, claimed, write_text
 from utils.progress import progress
 
 Item = TypeVar("Item")
@@ -390,17 +390,11 @@ def run(
     try:
         if not options.source.is_dir():
             raise UserError(f"--source {options.source}: no such folder; unpack the archives of {title} there")
-        make_folder(options.root, "--root")
-        lock = FolderLock(options.root)
-        try:
-            if not lock.acquire(wait=False):
-                raise UserError(f"--root {options.root}: another run is writing there; wait for it to end")
+        with claimed(options.root, "--root"):
             protocol = protocols[options.protocol]
             pairs = collect(options.source, options.protocol)
             heading = f"{title}, protocol {options.protocol}"
             prepare(heading, protocol, pairs, options.source, options.root, options.skip_broken)
-        finally:
-            lock.release()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

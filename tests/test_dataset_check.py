@@ -203,7 +203,9 @@ def test_absolute_paths_outside_the_root_and_after_a_move(root: Path, tmp_path: 
     elsewhere = (root / "images").rename(tmp_path / "elsewhere")
     scipy.io.savemat(root / "index.mat", {"index": [f"{elsewhere}/{number}.png" for number in range(ITEMS)]})
     texts = [datasets.captions_of(number)[0] for number in range(ITEMS)]
-    check_rows(datasets.opened(root), texts, datasets.labels_of())
+    with pytest.raises(UserError, match=r"24 of 24 pictures are missing: it lies outside; set dataset\.image_root"):
+        datasets.opened(root)
+    check_rows(datasets.opened(root, image_root="/"), texts, datasets.labels_of())
     moved = elsewhere.rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"24 of 24 pictures are missing: set dataset\.image_root"):
         datasets.opened(root)

@@ -259,6 +259,27 @@ def test_label_keys_and_dtypes(root, key, dtype):
     assert data.labels.int().tolist() == datasets.labels_of().tolist()
 
 
+@pytest.mark.parametrize("name", ["label.mat", "label.npy"])
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda labels: labels * 2.0 - 1, "labels are 1 and -1; -1 is read as no label"),
+        (lambda labels: labels.argmax(1) + 1, "one class number per item, 4 different from 1 to 4"),
+        (lambda labels: labels.argmax(1)[:, None] * 10.0, "one class number per item, 4 different from 0 to 30"),
+    ],
+)
+def test_labels_in_other_notations(root, caplog, name, write, said):
+    caplog.set_level("INFO")
+    expected = np.eye(4, dtype=np.int8)[np.arange(ITEMS) % 4]
+    (root / "label.mat").unlink()
+    if name == "label.npy":
+        np.save(root / name, write(expected))
+    else:
+        scipy.io.savemat(root / name, {"category": write(expected)})
+    assert np.array_equal(datasets.opened(root, labels=[name]).labels.numpy(), expected)
+    assert said in caplog.text
+
+
 def test_labels_stored_the_other_way_round(root):
     scipy.io.savemat(root / "label.mat", {"LAll": datasets.labels_of().T})
     assert datasets.opened(root).labels.int().tolist() == datasets.labels_of().tolist()
@@ -313,7 +334,7 @@ def test_paths_of_another_machine(root, prefix):
     assert np.array_equal(pixels_of(data, 5), np.array(datasets.smooth_picture(5, 24, 24)))
 
 
-def test_longest_ending_wins_and_absolute_paths_stand(tmp_path):
+def test_longest_ending_wins_and_nothing_outside_the_root_is_read(tmp_path):
     for name in ("a/b/1.png", "b/1.png", "1.png", "other/2.png"):
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / name).touch()
@@ -323,7 +344,11 @@ def test_longest_ending_wins_and_absolute_paths_stand(tmp_path):
         str(root / "b/1.png"),
         str(root / "1.png"),
     ]
-    assert resolve_paths([str(root / "other/2.png")], tmp_path / "nowhere", "index") == [str(root / "other/2.png")]
+    (tmp_path / "secret.png").touch()
+    for outside in (str(tmp_path / "secret.png"), "../secret.png", "a/../../secret.png"):
+        with pytest.raises(UserError, match=r"secret\.png' \(row 0\) is not under .*root; .*set dataset\.image_root"):
+            resolve_paths([outside], root, "index")
+    assert resolve_paths([str(root / "other/2.png")], Path("/"), "index") == [str(root / "other/2.png")]
     with pytest.raises(UserError, match=r"'p/1.png' and 'q/1.png' both lead to .*image_root"):
         resolve_paths(["p/1.png", "q/1.png"], root, "index")
 
@@ -463,9 +488,22 @@ def test_file_of_another_kind_runs_nothing(root, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("label.mat", {"label": datasets.labels_of() * 2}, r"row \d+, column \d+ is 2; labels are 0 or 1"),
+        (
+            "label.mat",
+            {"label": datasets.labels_of() * 2},
+            r"row \d+, column \d+ is 2; labels are 1 and 0, 1 and -1, or one class number",
+        ),
         ("label.mat", {"label": datasets.labels_of() - 0.5}, r"is 0\.5|is -0\.5"),
         ("label.mat", {"label": np.full((ITEMS, 3), np.nan)}, r"row 0, column 0 is nan"),
+        (
+            "label.mat",
+            {"label": np.arange(ITEMS * 3).reshape(ITEMS, 3) % 3 - 1},
+            r"is 0 beside -1; labels are 1 and 0, 1",
+        ),
+        ("label.mat", {"label": np.arange(ITEMS) % 2}, r"one column of 0 and 1: .*write class numbers from 1"),
+        ("label.mat", {"label": np.arange(ITEMS) % 2 * 2 - 1}, r"one column of -1 and 1: .*write class numbers from 1"),
+        ("label.mat", {"label": np.arange(ITEMS) + 5}, r"24 different numbers for 24 items"),
+        ("label.mat", {"label": np.arange(ITEMS) % 3 + 0.5}, r"row 0 is 0\.5, which is no class number"),
         ("label.mat", {"label": ["cat"] * ITEMS}, r"label\.mat \(label\) is not a matrix of labels"),
         ("caption.mat", {"caption": datasets.cells([1.0] * ITEMS)}, r"caption\.mat \(caption\) holds neither texts"),
         ("index.mat", {"index": np.arange(ITEMS)}, r"index\.mat \(index\) is neither a list of picture paths"),

@@ -97,6 +97,27 @@ class FolderLock:
         self._close()
 
 
+@contextmanager
+def claimed(folder: Path, key: str) -> Iterator[None]:
+    """Makes a folder, and keeps other processes from writing there meanwhile.
+
+    Args:
+        folder: The folder.
+        key: The option that names it, for the message.
+
+    Raises:
+        UserError: If it cannot be written to, or another process is writing there.
+    """
+    make_folder(folder, key)
+    lock = FolderLock(folder)
+    try:
+        if not lock.acquire(wait=False):
+            raise UserError(f"{key} {folder}: another run is writing there; wait for it to end")
+        yield
+    finally:
+        lock.release()
+
+
 _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 

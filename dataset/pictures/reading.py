@@ -237,8 +237,9 @@ def resolve_paths(index: Sequence[str], root: Path, place: str, remedy: str = FI
     """Finds the files that an index names, wherever the index was written.
 
     Tries the longest end of each path that exists under `root`, so paths with foreign prefixes are found: of
-    `/home/them/coco/train2017/1.jpg` first `home/them/coco/train2017/1.jpg`, then `them/coco/...`, at last `1.jpg`; and
-    finally an absolute path as it stands.
+    `/home/them/coco/train2017/1.jpg` first `home/them/coco/train2017/1.jpg`, then `them/coco/...`, at last `1.jpg`.
+    An index comes from someone else, so it cannot lead out of `root`: `..` is dropped, and an absolute path stands as
+    it is only where the user makes `/` the root. Links inside `root` are the user's own and are followed.
 
     Args:
         index: Paths, relative or absolute, with `/` or a backslash.
@@ -272,6 +273,8 @@ def resolve_paths(index: Sequence[str], root: Path, place: str, remedy: str = FI
         found.append(path)
     _names.cache_clear()
     if missing:
+        if os.path.isfile(index[missing[0]]) and os.path.isabs(index[missing[0]]):
+            remedy = "it lies outside; set dataset.image_root to its folder, or to / to allow every path of the index"
         raise UserError(
             f"{place}: picture {index[missing[0]]!r} (row {missing[0]}) is not under {root}; {len(missing)} of "
             f"{len(index)} pictures are missing: {remedy}"
@@ -286,8 +289,6 @@ def _candidates(folder: str, root: Path) -> Iterator[str]:
         candidate = os.path.join(root, *parts[start:])
         if os.path.isdir(candidate):
             yield candidate
-    if os.path.isabs(folder) and os.path.isdir(folder):
-        yield folder
 
 
 @cache
