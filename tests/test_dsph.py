@@ -1,4 +1,4 @@
-"""DSPH: worked values of loss, proxies and their optimizer, the table of thresholds, edge cases, several processes."""
+"""DSPH: worked values of loss, proxies and their optimizer, the table of thresholds, edge cases."""
 
 import math
 from itertools import pairwise
@@ -26,7 +26,7 @@ from models.dsph import (
     separation_loss,
     table_threshold,
 )
-from tests.tiny_models import CLASSES, assert_same_in_processes, build, pick, rows_of, section
+from tests.tiny_models import CLASSES, build, rows_of, section
 from tests.worked import multi_hot, wave
 
 START = Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1)
@@ -202,48 +202,3 @@ def test_dropout_silences_bits_in_training_only() -> None:
     assert 0.15 < float(silent.float().mean()) < 0.25 and not bool((plain == 0).any())
     torch.testing.assert_close(dropped[~silent].atanh(), 1.25 * plain[~silent].atanh(), rtol=1e-3, atol=1e-4)
     assert float(head.fc.weight.abs().max()) <= 8**-0.5
-
-
-def test_one_row_trains_and_encodes_like_among_others(tmp_path: Path) -> None:
-    model = small(tmp_path)
-    one = pick(rows_of(), [4])
-    loss = model(one, START).loss
-    loss.backward()
-    assert loss.isfinite()
-    model.eval()
-    with torch.no_grad():
-        assert torch.equal(model.encode_image(one), model.encode_image(rows_of())[4:5])
-        assert torch.equal(model.encode_text(one), model.encode_text(rows_of())[4:5])
-
-
-@pytest.mark.parametrize("layout", ["authors", "unified", "unified before its backbone was renamed"])
-def test_reference_layouts(tmp_path: Path, layout: str) -> None:
-    model = small(tmp_path)
-    renamed = {}
-    for name, value in model.state_dict().items():
-        if layout == "authors":
-            name = name.replace("backbone.", "clip.").replace("_head.", "_hash.")
-        else:
-            name = name.replace("image_head.", "hash.img_hash.").replace("text_head.", "hash.txt_hash.")
-            name = name.replace("proxies.vectors", "hyp.proxies")
-            name = name if layout == "unified" else name.replace("backbone.", "clip.")
-        renamed[name] = value
-    if layout == "authors":
-        del renamed["proxies.vectors"]  # the authors never save them
-    imported = DSPH.import_reference(renamed)
-    missing, unknown = model.load_state_dict(imported, strict=False)
-    assert not unknown and all(DSPH.may_be_absent(name) for name in missing)
-    assert missing == (["proxies.vectors"] if layout == "authors" else [])
-    assert not DSPH.may_be_absent("image_head.fc.weight")
-
-
-def test_bf16_moves_the_loss_little(tmp_path: Path) -> None:
-    plain = small(tmp_path, dropout=0.0)(rows_of(), START).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = small(tmp_path, dropout=0.0)(rows_of(), START).loss
-    assert mixed.dtype == torch.float32
-    assert mixed.item() == pytest.approx(plain.item(), rel=0.05)
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    assert_same_in_processes("DSPH", str(tmp_path), [{}, {"dropout": 0.0, "threshold": 0.1}])

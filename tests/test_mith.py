@@ -1,11 +1,10 @@
-"""MITH: worked values of head and loss, aggregation of tokens, options, several processes."""
+"""MITH: worked values of head and loss, aggregation of tokens."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor
 
 from common.losses import asymmetric_likelihood, diagonal_contrast
@@ -18,8 +17,8 @@ from models.blocks.concept_head import (
     aggregate_tokens,
     concept_positions,
 )
-from models.mith import MITH, MITHConfig
-from tests.tiny_models import assert_same_in_processes, build, pick, rows_of, section
+from models.mith import MITH
+from tests.tiny_models import build, pick, rows_of
 from tests.worked import filled, multi_hot, wave
 
 E, K = 64, 8
@@ -201,34 +200,6 @@ def test_likelihood_clamps_before_halving() -> None:
     assert codes.grad is not None and not codes.grad.any()
 
 
-def test_top_k_beyond_bits_is_refused() -> None:
-    with pytest.raises(ValidationError, match="must be at most model.bits, which is 4"):
-        MITHConfig.model_validate(section("MITH", bits=4, top_k=8))
-
-
-@pytest.mark.parametrize(
-    "overrides", [{"activation": "relu"}, {"res_mlp_layers": 0}, {"transformer_layers": 0}, {"dropout": 0.5}]
-)
-def test_options_train(tmp_path: Path, overrides: dict[str, object]) -> None:
-    model = build("MITH", str(tmp_path), **overrides)
-    model.train()
-    loss = model(rows_of(), START).loss
-    loss.backward()
-    assert loss.isfinite()
-    trained = [p for groups in model.param_groups().values() for group in groups.values() for p in group]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-
-
-def test_one_row_trains_and_encodes_like_among_others(tmp_path: Path) -> None:
-    model = build("MITH", str(tmp_path))
-    one = pick(rows_of(), [4])
-    model(one, START).loss.backward()
-    model.eval()
-    with torch.no_grad():
-        assert torch.equal(model.encode_image(one), model.encode_image(rows_of())[4:5])
-        assert torch.equal(model.encode_text(one), model.encode_text(rows_of())[4:5])
-
-
 def test_banks_follow_the_seed_and_the_batch(tmp_path: Path) -> None:
     model, again = (build("MITH", str(tmp_path), dropout=0.0) for _ in range(2))
     assert isinstance(model, MITH) and isinstance(again, MITH)
@@ -242,15 +213,3 @@ def test_banks_follow_the_seed_and_the_batch(tmp_path: Path) -> None:
     assert torch.equal(written[[2, 9]], model.hash_image(batch["image"]).global_hash.detach())
     others = [row for row in range(len(before)) if row not in (2, 9)]
     assert torch.equal(written[others], before[others])
-
-
-def test_bf16_moves_the_loss_little(tmp_path: Path) -> None:
-    plain = build("MITH", str(tmp_path))(rows_of(), START).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = build("MITH", str(tmp_path))(rows_of(), START).loss
-    assert mixed.dtype == torch.float32
-    assert mixed.item() == pytest.approx(plain.item(), rel=0.05)
-
-
-def test_several_processes_train_as_one(tmp_path: Path) -> None:
-    assert_same_in_processes("MITH", str(tmp_path), [{"dropout": 0.0}], counts=(2, 3))

@@ -18,6 +18,7 @@ from runners.setup import ENCODED_SPLITS, make_loader, open_dataset
 from tests import tiny_data
 from tests.commands import ROOT, refused, run
 from tests.parity_cases import open_case
+from tests.tiny_models import build
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [  # golden file, settings of its variant, start of the names that the authors do not save
@@ -40,6 +41,28 @@ CASES = [  # golden file, settings of its variant, start of the names that the a
         None,
     ),
 ]
+HASH = (("image_head.", "hash.img_hash."), ("text_head.", "hash.txt_hash."))
+CLIP = (("backbone.", "clip."),)  # the unified library renamed its backbone
+SETS = (("image_head.", "hash.img_token_hash."), ("text_head.", "hash.txt_token_hash."), (".mix.", ".token_layer."),
+        (".hidden.", ".hash_layer.0."), (".out.", ".hash_layer.3."))  # fmt: skip
+GAN = (("backbone.", "ImgNet.clip_image_encode."), ("image.decoder.", "ImgNet.decoder."),
+       ("text.decoder.", "TxtNet.decoder."))  # fmt: skip
+LAYOUTS: dict[str, tuple[str, dict[str, object], tuple[tuple[str, str], ...], tuple[str, ...]]] = {
+    # method, settings, parts of our names and theirs, our names that are not saved
+    "DCMHT, linear": ("DCMHT", {"head": "linear"},
+                      (*CLIP, ("image_head.", "image_hash."), ("text_head.", "text_hash.")), ()),
+    "DCMHT, unified": ("DCMHT", {"head": "unified"},
+                       (*CLIP, *HASH, ("_hash.attention.", "_hash.atten."), ("_hash.fc.", "_hash.fc2.")), ()),
+    "DSPH": ("DSPH", {}, (*CLIP, ("_head.", "_hash.")), ("proxies.vectors",)),
+    "DSPH, unified": ("DSPH", {}, (*HASH, ("proxies.vectors", "hyp.proxies")), ()),
+    "DSPH, unified of old": ("DSPH", {}, (*CLIP, *HASH, ("proxies.vectors", "hyp.proxies")), ()),
+    "DIMCH": ("DIMCH", {}, SETS, ()),
+    "DIMCH of old": ("DIMCH", {}, (*CLIP, *SETS), ()),
+    "CAGAN": ("CFRH", {}, (*GAN, ("image.encoder.", "ImgNet.hash_layer."), ("text.encoder.0.", "TxtNet.fc1."),
+                           ("text.encoder.2.", "TxtNet.fc2.")), ()),
+    "JDSH": ("CFRH", {}, (*GAN, ("image.encoder.", "ImgNet.fc_encode."), ("text.encoder.0.", "TxtNet.net.0."),
+                          ("text.encoder.2.", "TxtNet.net.2.")), ()),
+}  # fmt: skip
 TWDH, VTPH = "TwDH-unified-b16B8C24s2003", "VTPH-original-b16B8C24s1901"
 
 
@@ -68,6 +91,24 @@ def settings(name: str, tiny_overrides: list[str], more: list[str]) -> tuple[Pat
     """Configuration file and entries that put a case's method on the tiny data, in the sizes of the case's CLIP."""
     sizes = ["dataset.image_size=64", "dataset.text_length=32", "evaluate.caption=first"]
     return ROOT / "configs" / MODELS.folder(name.split("-")[0]) / "coco.yaml", [*tiny_overrides, *sizes, *more]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_of_every_layout_become_ours(layout: str, tmp_path: Path) -> None:
+    method, options, renames, unsaved = LAYOUTS[layout]
+    model = build(method, str(tmp_path), **options)
+    state, theirs = model.state_dict(), {"distance.mp_dist.alpha": torch.ones(1)} if method == "DIMCH" else {}
+    for name, value in state.items():
+        if name not in unsaved:
+            tower = name.startswith("backbone.")  # only its prefix has another name
+            for ours, other in renames:
+                name = name.replace(ours, other) if tower == (ours == "backbone.") else name
+            theirs[name] = value
+    imported = type(model).import_reference(theirs)
+    missing, unknown = build(method, str(tmp_path), **options).load_state_dict(imported, strict=False)
+    assert not unknown and tuple(missing) == unsaved
+    assert all(imported[name] is value for name, value in state.items() if name not in unsaved)
+    assert [name for name in state if model.may_be_absent(name)] == list(unsaved) or not unsaved
 
 
 @pytest.mark.parametrize(("name", "more", "left_out"), CASES, ids=[case[0] for case in CASES])

@@ -1,4 +1,4 @@
-"""TwDH: worked values in float64, tie bits, code lengths, options, imports, several processes."""
+"""TwDH: worked values in float64, tie bits, code lengths, imports."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ from models.blocks.hash_centers import HashCenters, hadamard, majority_codes, wr
 from models.blocks.heads import pair_codes
 from models.twdh import TwDH, TwDHConfig
 from runners.setup import _load
-from tests.tiny_models import CLASSES, SHAPE, assert_same_in_processes, build, data_info, pick, rows_of, section
+from tests.tiny_models import CLASSES, SHAPE, build, data_info, rows_of, section
 from tests.worked import filled, multi_hot, wave
 
 START = Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1)
@@ -177,35 +177,6 @@ def test_perfect_long_codes_give_the_short_centers(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"low_rate": 0.5},
-        {"short_fallback": "hadamard_pm", "bits": 4, "short_bits": [4]},
-        {
-            "transform": "trained",
-            "transform_training": {
-                **section("TwDH")["transform_training"],
-                "epochs": 2,
-            },
-        },
-    ],
-    ids=str,
-)
-def test_options_train_and_encode(tmp_path: Path, overrides: dict[str, Any]) -> None:
-    model = small(tmp_path, **overrides)
-    model.train()
-    loss = model(rows_of(), START).loss
-    loss.backward()
-    assert loss.isfinite()
-    trained = [p for groups in model.param_groups().values() for group in groups.values() for p in group]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    model.eval()
-    with torch.no_grad():
-        for codes in (model.encode_image(rows_of()), model.encode_text(rows_of())):
-            assert codes.shape == (11, sum(model.code_lengths)) and torch.equal(codes.abs(), torch.ones_like(codes))
-
-
 def test_low_rate_weighs_everything_about_short_codes(tmp_path: Path) -> None:
     losses, terms = [], {}
     for rate in (0.0, 0.3):
@@ -243,39 +214,12 @@ def test_training_items_without_labels(tmp_path: Path) -> None:
     assert model.objective(undecided, undecided, labels).loss.isfinite()
 
 
-def test_one_row_trains_and_encodes_like_among_others(tmp_path: Path) -> None:
-    model = small(tmp_path)
-    model.train()
-    one = pick(rows_of(), [4])
-    loss = model(one, START).loss
-    loss.backward()
-    assert loss.isfinite()
-    model.eval()
-    with torch.no_grad():
-        assert torch.equal(model.encode_image(one)[:, -64:], model.encode_image(rows_of())[4:5, -64:])
-        assert torch.equal(model.encode_text(one)[:, -64:], model.encode_text(rows_of())[4:5, -64:])
-
-
-def test_bf16_moves_the_loss_little(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain = small(tmp_path)(rows_of(), START).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = small(tmp_path)(rows_of(), START).loss
-    assert mixed.dtype == torch.float32
-    assert mixed.item() == pytest.approx(plain.item(), rel=0.05)
-
-
 @pytest.mark.parametrize("name", ["coco", "mirflickr25k", "nuswide"])
 def test_shipped_configs_follow_the_papers_protocol(name: str) -> None:
     config = load_config(ROOT / f"configs/TwDH/{name}.yaml")
     assert config.evaluate.cutoffs == [5000, "all"] and config.evaluate.definitions[0] == "relevant"
     assert config.dataset.augment and config.dataset.name == name and config.dataset.split.query == 5000
     assert (config.model.long_bits, config.run.batch_size, config.run.epochs, config.run.seed) == (512, 128, 100, 1814)
-
-
-def test_a_length_that_is_not_among_the_short_ones_is_refused() -> None:
-    with pytest.raises(UserError, match="model.short_bits: must hold model.bits, which is 24"):
-        load_config(ROOT / "configs/TwDH/config.yaml", ["model.bits=24"])
 
 
 # ---------------------------------------------------------------------------------------------- reference checkpoints
@@ -332,7 +276,3 @@ def test_own_state_brings_its_centers(tmp_path: Path) -> None:
     model.load_state_dict(source.state_dict())
     assert torch.equal(model.get_buffer("transform_16"), source.get_buffer("transform_16"))
     assert model.get_buffer("long_centers").shape == (CLASSES, 64)
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    assert_same_in_processes("TwDH", str(tmp_path), [SMALL, {**SMALL, "low_rate": 0.5}])

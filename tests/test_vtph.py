@@ -21,7 +21,6 @@ from tests import commands, datasets
 from tests.processes import run_processes
 from tests.tiny_models import (
     SHAPE,
-    assert_same_in_processes,
     assert_same_training,
     build,
     data_info,
@@ -238,31 +237,6 @@ def test_padding_is_read_unless_masked(tmp_path: Path, counterpart: bool) -> Non
         torch.testing.assert_close(relaxed(masking, True), relaxed(masking, False))
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [{"affinity": "js"}, {"mask_padding": True}, {"prompt_layers": 0}, {"prompt_heads": 4}, {"prompt_dropout": 0.0}],
-)
-def test_options_train(tmp_path: Path, overrides: dict[str, object]) -> None:
-    model = vtph(tmp_path, **overrides).train()
-    loss = model(rows_of(), START).loss
-    loss.backward()
-    groups = model.param_groups()["main"]
-    assert loss.isfinite() and all(p.grad is not None for group in groups.values() for p in group)
-
-
-def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model.prompt_heads is 7, which does not divide 64"):
-        vtph(tmp_path, prompt_heads=7)
-
-
-def test_bf16_moves_the_loss_little(tmp_path: Path) -> None:
-    plain = vtph(tmp_path, prompt_dropout=0.0)(rows_of(), START).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = vtph(tmp_path, prompt_dropout=0.0)(rows_of(), START).loss
-    assert mixed.dtype == torch.float32
-    assert mixed.item() == pytest.approx(plain.item(), rel=0.05)
-
-
 # ---------------------------------------------------------------------------------------------- remembered features
 
 
@@ -318,10 +292,6 @@ def test_features_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
     assert set(model.state_dict()) == before and "image" in model.features
     assert model.rememberable_fields == {"image", "text", "image_caption"}
     assert not vtph(tmp_path, cache_features=False).rememberable_fields
-
-
-def test_several_processes_train_as_one(tmp_path: Path) -> None:
-    assert_same_in_processes("VTPH", str(tmp_path), [{"prompt_dropout": 0.0, "bits": 16}], counts=(2, 3))
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

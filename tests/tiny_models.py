@@ -1,7 +1,7 @@
 """Every registered method in small: a tiny CLIP, a few rows of data, the settings of the method's own YAML."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def train_all(jobs: list[tuple[str, str, list[list[int]], Mapping[str, Any]]]) -
 
 
 def assert_same_in_processes(
-    method: str, cache_dir: str, settings: list[Mapping[str, Any]], counts: tuple[int, ...] = (2,)
+    method: str, cache_dir: str, settings: Sequence[Mapping[str, Any]], counts: tuple[int, ...] = (2,)
 ) -> None:
     """Several gloo processes end in the state of one, uneven batches and one of fewer rows than processes included.
 
