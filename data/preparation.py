@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common.errors import UserError
 from data.mat_files import clean_text, string_cells, string_rows, write_set, writing
+from dataset.pictures.reading import FORMATS
 from utils.files import atomic, claimed, write_text
 from utils.progress import progress
 
@@ -156,6 +157,8 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         UserError: If it cannot be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: is no regular file; unpack the archive again")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -244,11 +247,13 @@ def inspect_picture(path: Path) -> Picture | None:
     """
     try:
         status = path.stat()
+        if not path.is_file():  # a pipe would be waited for
+            return Picture(status.st_size, status.st_mtime_ns, "no regular file")
         content = path.read_bytes()
     except OSError:
         return None
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             mode, (width, height) = picture.mode, picture.size
             # JPEG's cheapest scale: every coded bit is still read, so a cut file is noticed, in less time.
             picture.draft("L", (1, 1))

@@ -1,9 +1,13 @@
 """Reads one variable of a .mat file, of any MATLAB version, as SciPy shows it: strings, cells, numbers.
 
-Nothing in a file is executed: SciPy's reader and HDF5 know only data, and .npy files are read without pickles.
+Nothing in a file is executed: SciPy's reader and HDF5 know only data, and .npy files are read without pickles. A file
+may claim or unpack to `_FLOOR` bytes and `_FACTOR` times its own size; whatever asks for more is refused unread.
 """
 
+import math
 import re
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,37 @@ from dataset.pictures.reading import PictureArray, Pictures, PictureVolume
 from utils.progress import progress
 
 Array = npt.NDArray[Any]
+
+# zlib reaches 1,032 : 1. The densest honest files are label and tag matrices of doubles, nearly all 0: about 150 : 1.
+_FLOOR, _FACTOR = 2**28, 200
+_CELL = 1024  # bytes that a cell is counted as at least: an object of Python, and the time to open it
+_ITEM = {"char": 4, "logical": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "single": 4}
+_COMPRESSED = 15  # miCOMPRESSED, an element's type in a MATLAB 5 file
+
+
+class _Room:
+    """Bytes that the values of a file may still take.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.left = _FLOOR + _FACTOR * path.stat().st_size
+
+    def take(self, count: int) -> None:
+        """Counts bytes.
+
+        Raises:
+            UserError: If no honest file of this size holds so many.
+        """
+        self.left -= count
+        if self.left < 0:
+            raise UserError(
+                f"{self.path} holds or claims more than {_FACTOR} times its {self.path.stat().st_size:,} bytes, "
+                "which may be an attack on memory (decompression bomb); save it again without compression"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,6 +91,8 @@ def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Var
     Raises:
         UserError: If the file cannot be read, or has none of the keys.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file; name a .mat or .npy file in the dataset section")
     if not path.is_file():
         raise UserError(f"{path} is missing; put it there, or name the file in the dataset section")
     try:
@@ -63,8 +100,11 @@ def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Var
             return Variable(path, path.name, _pictures_or(np.load(path, mmap_mode="r", allow_pickle=False), path))
         if h5py.is_hdf5(path):
             return _read_hdf5(path, keys, text)
-        names = [name for name, _, _ in scipy.io.whosmat(path)]
-        key = _choose(path, keys, names)
+        _require_honest(path)
+        listed = {name: (shape, kind) for name, shape, kind in scipy.io.whosmat(path)}
+        key = _choose(path, keys, list(listed))
+        shape, kind = listed[key]
+        _Room(path).take(math.prod(shape) * _ITEM.get(kind, 8))
         value = scipy.io.loadmat(path, variable_names=[key])[key]
         return Variable(path, key, _pictures_or(value.toarray() if scipy.sparse.issparse(value) else value, path))
     except UserError:
@@ -146,6 +186,25 @@ def _choose(path: Path, keys: Sequence[str], names: Sequence[str]) -> str:
     raise UserError(f"{path} has none of the variables {', '.join(keys)}, but {has}; rename the variable or the file")
 
 
+def _require_honest(path: Path) -> None:
+    """Unpacks the compressed variables of a MATLAB 5 file piece by piece, keeping none, and refuses a bomb."""
+    room = _Room(path)
+    with path.open("rb") as file:
+        header = file.read(128)
+        if len(header) < 128 or 0 in header[:4]:  # version 4 knows no compression
+            return
+        order = "<" if header[126:128] == b"IM" else ">"
+        while len(tag := file.read(8)) == 8:
+            kind, size = struct.unpack(f"{order}II", tag)
+            if kind != _COMPRESSED:
+                file.seek(size, 1)
+                continue
+            inflater = zlib.decompressobj()
+            while size and (piece := file.read(min(size, 2**16))):
+                size -= len(piece)
+                room.take(len(inflater.decompress(piece)))  # 64 MiB at most
+
+
 def _pictures_or(value: Array, path: Path) -> Array | Pictures:
     """Four-dimensional uint8 arrays as pictures: [N, H, W, 3], or [H, W, 3, N] as MATLAB users stack them."""
     if value.ndim != 4:
@@ -167,15 +226,17 @@ def _read_hdf5(path: Path, keys: Sequence[str], text: bool) -> Variable:
         data = file[key]
         if not isinstance(data, h5py.Dataset):
             raise UserError(f"{path} ({key}) is a structure, not an array; save it as a plain or cell array")
+        room = _Room(path)
         if data.ndim == 4:
             number_first = data.shape[1] == 3
             if data.dtype != np.uint8 or not (number_first or data.shape[0] == 3):
                 raise UserError(
                     f"{path} ({key}) has shape {data.shape}, {data.dtype}: no stack of RGB pictures, [N, 3, W, H] uint8"
                 )
+            _admit(file, data, room)
             count = data.shape[0] if number_first else data.shape[3]
             return Variable(path, key, PictureVolume(path, key, number_first, count))
-        return Variable(path, key, _hdf5_value(file, data, text))
+        return Variable(path, key, _hdf5_value(file, data, text, room))
 
 
 def _hdf5_names(file: h5py.File) -> Iterator[str]:
@@ -187,18 +248,28 @@ def _hdf5_names(file: h5py.File) -> Iterator[str]:
                 yield from (f"{name}/{member}" for member in file[name])
 
 
-def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool) -> Array:
+def _admit(file: h5py.File, data: h5py.Dataset, room: _Room) -> None:
+    """Refuses what lies in other files, and counts what is about to be read: whole chunks are unpacked."""
+    if data.external or data.is_virtual or data.file.filename != file.filename:
+        raise UserError(f"{room.path} ({data.name}) keeps its values in another file; save it again as one file")
+    size = max(math.prod(data.shape), math.prod(data.chunks or ()))
+    room.take(size * data.dtype.itemsize + _CELL)
+
+
+def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool, room: _Room) -> Array:
     kind = data.attrs.get("MATLAB_class", b"")
     kind = kind.decode() if isinstance(kind, bytes) else str(kind)
     if data.attrs.get("MATLAB_empty", 0):
+        room.take(_CELL)
         return np.array([], dtype=np.str_)
+    _admit(file, data, room)
     if h5py.check_string_dtype(data.dtype) is not None:
         return np.asarray(data.asstr()[()], dtype=object)
     value = np.asarray(data[()]).T
     if h5py.check_ref_dtype(data.dtype) is not None:
         cells = np.empty(value.shape, dtype=object)
         for place in progress(np.ndindex(value.shape), total=value.size, desc=f"cells of {data.name}", leave=False):
-            cells[place] = _hdf5_value(file, file[value[place]], text)
+            cells[place] = _hdf5_value(file, file[value[place]], text, room)
         return cells
     if kind == "char" or (text and not kind and value.dtype in (np.uint16, np.uint32)):
         return _characters(_unrolled(value, data.attrs))

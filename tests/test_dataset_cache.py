@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from common.errors import UserError
 from dataset.loader import build_loader
 from dataset.pictures import cache
-from dataset.pictures.cache import DONE, INDEX, PIXELS, PLAN, CachedPictures, cached_pictures, stored_sizes
+from dataset.pictures.cache import CHECKS, DONE, INDEX, PIXELS, PLAN, CachedPictures, cached_pictures, stored_sizes
 from dataset.pictures.draws import Purpose, uniform
 from dataset.pictures.reading import JoinedPictures, PictureArray, PictureFiles
 from dataset.pictures.transforms import CROP_DRAWS, STD, View, view_pixels
@@ -98,7 +98,7 @@ def test_pictures_are_stored_with_their_ratio_and_never_enlarged(paths: list[str
             source = source.resize(size, Image.Resampling.BICUBIC)
         assert np.array_equal(np.array(stored), np.array(source))
     (folder,) = tmp_path.iterdir()
-    assert {path.name for path in folder.iterdir()} == {PIXELS, INDEX}
+    assert {path.name for path in folder.iterdir()} == {PIXELS, CHECKS, INDEX}
     assert (folder / PIXELS).stat().st_size == sum(3 * w * h for w, h in (pictures.read(n).size for n in range(150)))
 
 
@@ -318,7 +318,7 @@ def test_other_files_and_other_sizes_have_caches_of_their_own(paths: list[str], 
     assert len(JoinedPictures(first, others[0])) == 170
 
 
-@pytest.mark.parametrize("damage", ["truncated pixels", "no pixels", "garbled index", "empty index"])
+@pytest.mark.parametrize("damage", ["truncated pixels", "no pixels", "garbled index", "empty index", "no checks"])
 def test_a_damaged_cache_is_built_again(damage: str, paths: list[str], tmp_path: Path) -> None:
     folder = build(paths, tmp_path / "cache").path.parent
     whole = contents(tmp_path / "cache")
@@ -326,10 +326,30 @@ def test_a_damaged_cache_is_built_again(damage: str, paths: list[str], tmp_path:
         os.truncate(folder / PIXELS, 1000)
     elif damage == "no pixels":
         (folder / PIXELS).unlink()
+    elif damage == "no checks":
+        (folder / CHECKS).unlink()
     else:
         (folder / INDEX).write_bytes(b"PK\x03\x04 no archive" if damage == "garbled index" else b"")
     build(paths, tmp_path / "cache")
     assert contents(tmp_path / "cache") == whole
+
+
+@pytest.mark.parametrize("name", [PIXELS, CHECKS])
+def test_a_flipped_bit_is_noticed_when_its_picture_is_read(name: str, paths: list[str], tmp_path: Path) -> None:
+    cached = build(paths, tmp_path / "cache")
+    file = cached.path.with_name(name)
+    content = bytearray(file.read_bytes())
+    content[int(cached.starts[8]) - 1 if name == PIXELS else 4 * 7] ^= 1  # of picture 7
+    file.write_bytes(content)
+    opened = build(paths, tmp_path / "cache")
+    assert np.array_equal(np.array(opened.read(6)), np.array(cached.read(6)))
+    for read in (opened.read, lambda number: opened.view(number, View.SQUASHED, 8, None)):
+        with pytest.raises(
+            UserError, match=r"pictures\.bin: picture 7 .*wrong checksum\); remove the folder .*small-24px"
+        ):
+            read(7)
+    shutil.rmtree(cached.path.parent)
+    assert np.array_equal(np.array(build(paths, tmp_path / "cache").read(6)), np.array(opened.read(6)))
 
 
 def test_a_picture_that_changes_during_the_build(paths: list[str], tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,7 +1,10 @@
 """Reading of .mat data sets: every layout that is in use, and every mistake with its message."""
 
 import json
+import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import h5py
@@ -15,6 +18,7 @@ from PIL import Image
 from common.errors import UserError
 from dataset.mat_reader import read_variable, text_rows
 from dataset.pictures.reading import PictureFiles, resolve_paths
+from dataset.texts.files import read_lines
 from dataset.texts.tokenizer import tokenize
 from tests import datasets
 
@@ -514,6 +518,60 @@ def test_file_of_another_kind_runs_nothing(root, tmp_path):
 def test_variable_of_another_kind(root, name, content, match):
     scipy.io.savemat(root / name, content)
     refused(match, root)
+
+
+def bomb(path: Path, kind: str) -> None:
+    """A small file that asks for much memory, or for another file."""
+    if kind == "compressed":  # 384 MiB of zeros
+        deflate = zlib.compressobj(9)
+        start, block = (deflate.compress(bytes(2**24)) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+        content = start + 23 * block
+        header = b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x0100, b"IM")
+        path.write_bytes(header + struct.pack("<II", 15, len(content)) + content)
+    elif kind == "sparse":
+        scipy.io.savemat(path, {"label": scipy.sparse.csc_matrix((60_000, 60_000))})
+    else:
+        with h5py.File(path, "w") as file:
+            if kind == "declared":
+                file.create_dataset("label", (10**9, 10**9), "f8", chunks=(64, 64))
+            elif kind == "chunk":
+                file.create_dataset("label", (4, 4), "u1", chunks=(30_000, 30_000), maxshape=(None, None))
+            elif kind == "external":
+                file.create_dataset("label", (4, 4), "u1", external=[("/etc/passwd", 0, 16)])
+            elif kind == "cells":  # one large array, a thousand times
+                large = file.create_dataset("large", (2**20,), "f8", chunks=True)
+                file.create_dataset("label", data=np.full(1000, large.ref, h5py.ref_dtype), dtype=h5py.ref_dtype)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "declared", "chunk", "cells", "external", "compressed"])
+def test_files_that_ask_for_far_more_than_they_hold(tmp_path, kind):
+    bomb(tmp_path / "label.mat", kind)
+    bombs = r"holds or claims more than 200 times its .* bytes.*\(decompression bomb\); save"
+    match = r"keeps its values in another file; save" if kind == "external" else bombs
+    with pytest.raises(UserError, match=rf"label\.mat .*{match}"):
+        read_variable(tmp_path / "label.mat", ["label"])
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_variable(path, ["label"]),
+        lambda path: PictureFiles([str(path)], "index.mat").read(0),
+        read_lines,
+    ],
+    ids=["variable", "picture", "text"],
+)
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe.* is no regular file; "):
+        read(tmp_path / "pipe")
+
+
+def test_no_interpreter_reads_a_picture(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png", "EPS")
+    with pytest.raises(UserError, match=r"1\.png .* is not a picture \(JPEG, PNG, "):
+        PictureFiles([str(tmp_path / "1.png")], "index.mat").read(0)
 
 
 def test_missing_pictures(root):

@@ -1,8 +1,9 @@
 """The picture cache: pictures decoded once, scaled down, and kept in one memory-mapped file.
 
-A folder of the cache holds two files. `pictures.bin` has the grey levels of all pictures, [h, w, 3] uint8 each, one
-after the other; `index.npz` has their sizes, from which the places follow, and a digest of the files that they were
-made from. The index appears last, so where it stands the pictures are whole.
+A folder of the cache holds three files. `pictures.bin` has the grey levels of all pictures, [h, w, 3] uint8 each, one
+after the other; `checks.bin` has a checksum (CRC-32) of each; `index.npz` has their sizes, from which the places
+follow, and a digest of the files that they were made from. The index appears last, so where it stands the pictures are
+whole. Bytes that change later are noticed when a process reads their picture for the first time.
 
 While a cache is being built, `plan.npz` stands in the index's stead, and `done.bin` lists the parts that are on the
 disk. A build that was killed goes on from there and ends in the same bytes. Threads do the work: decoding and scaling
@@ -14,6 +15,9 @@ import logging
 import os
 import shutil
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +38,9 @@ from utils.threads import in_threads
 
 log = logging.getLogger(__name__)
 
-PIXELS, INDEX, PLAN, DONE = "pictures.bin", "index.npz", "plan.npz", "done.bin"
+PIXELS, CHECKS, INDEX, PLAN, DONE = "pictures.bin", "checks.bin", "index.npz", "plan.npz", "done.bin"
 PART = 64  # pictures written between two entries of `done.bin`
-_LAYOUT = "1"  # of the files; another one makes older caches anew
+_LAYOUT = "2"  # of the files; another one makes older caches anew
 _PARTS_A_SYNC = 64  # parts between two waits for the disk
 
 
@@ -48,7 +52,7 @@ class CachedPictures(Pictures):
     are finer than the stored pixels.
 
     Args:
-        path: `pictures.bin`.
+        path: `pictures.bin`; `checks.bin` lies beside it.
         sizes: Stored width and height, width and height of the source, [N, 4] int64.
     """
 
@@ -56,6 +60,8 @@ class CachedPictures(Pictures):
         self.path = path
         self.sizes = sizes
         self.starts = _starts(sizes)
+        self.checks = np.fromfile(path.with_name(CHECKS), "<u4")  # [N]
+        self._checked = np.zeros(len(sizes), np.bool_)  # by this process
         self._pixels: npt.NDArray[np.uint8] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,7 +110,16 @@ class CachedPictures(Pictures):
                 ) from None
             self._pixels = pixels.view(np.ndarray)
         width, height = self.sizes[number, :2]
-        return self._pixels[self.starts[number] : self.starts[number + 1]].reshape(height, width, 3)
+        pixels = self._pixels[self.starts[number] : self.starts[number + 1]]
+        # Once a process and picture, not all at the start: 30 GB would be read before the first batch.
+        if not self._checked[number]:
+            if zlib.crc32(pixels) != self.checks[number]:
+                raise UserError(
+                    f"{self.path}: picture {number} of the picture cache has changed since it was stored (wrong "
+                    f"checksum); remove the folder {self.path.parent} and run again, which builds it anew"
+                )
+            self._checked[number] = True
+        return pixels.reshape(height, width, 3)
 
 
 def cached_pictures(pictures: Pictures, folder: Path, name: str, stored_size: int) -> CachedPictures:
@@ -170,7 +185,7 @@ def _build(pictures: Pictures, folder: Path, name: str, stored_size: int, stamp:
     sizes = _read_index(folder / PLAN, stamp)
     if sizes is None:
         log.info("picture cache of %s: planning", name)
-        for old in (INDEX, PLAN, DONE, PIXELS):  # in this order: what vouches for a file goes before the file
+        for old in (INDEX, PLAN, DONE, CHECKS, PIXELS):  # in this order: what vouches for a file goes before the file
             (folder / old).unlink(missing_ok=True)
             sync_folder(folder)
         found = in_threads(pictures.size, range(len(pictures)))
@@ -181,12 +196,10 @@ def _build(pictures: Pictures, folder: Path, name: str, stored_size: int, stamp:
     total = int(_starts(sizes)[-1])
     _require_room(folder, name, len(sizes), total)
     try:
-        handle = os.open(folder / PIXELS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+        with _writable(folder / PIXELS) as handle, _writable(folder / CHECKS) as checks:
             os.posix_fallocate(handle, 0, total)  # no surprise after an hour's work
-            _write_parts(pictures, sizes, folder, handle)
-        finally:
-            os.close(handle)
+            os.posix_fallocate(checks, 0, 4 * len(sizes))
+            _write_parts(pictures, sizes, folder, handle, checks)
         (folder / DONE).unlink()
         os.replace(folder / PLAN, folder / INDEX)
         sync_folder(folder)
@@ -199,8 +212,26 @@ def _build(pictures: Pictures, folder: Path, name: str, stored_size: int, stamp:
     return sizes
 
 
-def _write_parts(pictures: Pictures, sizes: npt.NDArray[np.int64], folder: Path, handle: int) -> None:
-    """Writes the parts that `done.bin` does not list. A part is listed when its bytes are on the disk."""
+@contextmanager
+def _writable(path: Path) -> Iterator[int]:
+    """A file's handle, for reading and writing."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _write_parts(pictures: Pictures, sizes: npt.NDArray[np.int64], folder: Path, handle: int, checks: int) -> None:
+    """Writes the parts that `done.bin` does not list. A part is listed when its bytes are on the disk.
+
+    Args:
+        pictures: The source.
+        sizes: As `CachedPictures`.
+        folder: Of the cache.
+        handle: Of `pictures.bin`.
+        checks: Of `checks.bin`.
+    """
     starts = _starts(sizes)
     parts = [range(first, min(first + PART, len(sizes))) for first in range(0, len(sizes), PART)]
 
@@ -212,11 +243,12 @@ def _write_parts(pictures: Pictures, sizes: npt.NDArray[np.int64], folder: Path,
                 raise UserError(f"{files[number] if files else number} changed while the cache was built; run again")
             if (width, height) != picture.size:
                 picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-            _write_all(handle, picture.tobytes(), int(starts[number]))
+            pixels = picture.tobytes()
+            _write_all(handle, pixels, int(starts[number]))
+            _write_all(checks, np.uint32(zlib.crc32(pixels)).astype("<u4").tobytes(), 4 * number)
         return len(parts[part])
 
-    listed = os.open(folder / DONE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    with _writable(folder / DONE) as listed:
         known = np.fromfile(folder / DONE, "<u4")
         os.ftruncate(listed, known.nbytes)  # a kill may leave part of a number
         os.lseek(listed, 0, os.SEEK_END)
@@ -228,11 +260,11 @@ def _write_parts(pictures: Pictures, sizes: npt.NDArray[np.int64], folder: Path,
                 for count in in_threads(write, group):
                     bar.update(count)
                 os.fdatasync(handle)
+                os.fdatasync(checks)
                 _write_all(listed, np.array(group, "<u4").tobytes(), None)
                 os.fdatasync(listed)
         os.fsync(handle)
-    finally:
-        os.close(listed)
+        os.fsync(checks)
 
 
 def _write_all(handle: int, content: bytes, place: int | None) -> None:
@@ -263,8 +295,11 @@ def _require_room(folder: Path, name: str, count: int, total: int) -> None:
 def _whole(folder: Path, stamp: str) -> npt.NDArray[np.int64] | None:
     """The sizes [N, 4] of a whole cache that was made from the files as they are now, else None."""
     sizes = _read_index(folder / INDEX, stamp)
-    path = folder / PIXELS
-    return sizes if sizes is not None and path.exists() and path.stat().st_size == _starts(sizes)[-1] else None
+    if sizes is None:
+        return None
+    expected = {PIXELS: _starts(sizes)[-1], CHECKS: 4 * len(sizes)}
+    whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in expected.items())
+    return sizes if whole else None
 
 
 def _read_index(path: Path, stamp: str) -> npt.NDArray[np.int64] | None:

@@ -23,6 +23,9 @@ from dataset.pictures.transforms import View, view_pixels
 # Pictures beyond Pillow's limit are refused in `PictureFiles.read`; its own warning would only be a second line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+# What picture collections hold. Pillow's other readers stay shut: that of EPS, for one, starts an interpreter.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
+
 
 class Pictures(ABC):
     """Reads pictures by number. Instances travel to worker processes, so they hold no open file."""
@@ -113,8 +116,10 @@ class PictureFiles(Pictures):
         path = str(self.paths[number])
         where = f"picture {path} (row {number} of {self.place})"
         limit = Image.MAX_IMAGE_PIXELS
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise UserError(f"{where} is no regular file; replace it, or remove its row from all files")
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
                 if limit is not None and width * height > limit:
                     raise Image.DecompressionBombError
@@ -122,7 +127,9 @@ class PictureFiles(Pictures):
         except FileNotFoundError:
             raise UserError(f"{where} is missing; fetch it again, or set dataset.image_root to its folder") from None
         except UnidentifiedImageError:
-            raise UserError(f"{where} is not a picture; replace it, or remove its row from all files") from None
+            raise UserError(
+                f"{where} is not a picture ({', '.join(FORMATS)}); replace it, or remove its row from all files"
+            ) from None
         except Image.DecompressionBombError:
             raise UserError(
                 f"{where} has more than {limit} pixels, which may be an attack on memory (decompression bomb); "

@@ -13,6 +13,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: If the file cannot be read or is not UTF-8.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file; name a text file in the dataset section")
     try:
         with path.open(encoding="utf-8-sig") as file:
             return [line.strip() for line in file]
