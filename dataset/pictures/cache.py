@@ -111,7 +111,8 @@ class CachedPictures(Pictures):
             self._pixels = pixels.view(np.ndarray)
         width, height = self.sizes[number, :2]
         pixels = self._pixels[self.starts[number] : self.starts[number + 1]]
-        # Once a process and picture, not all at the start: 30 GB would be read before the first batch.
+        # Once a process and picture, not all at the start: 30 GB would be read before the first batch. Takes 0.1 ms for
+        # a picture of 262 kB (a view of it 0.5 ms), on one core.
         if not self._checked[number]:
             if zlib.crc32(pixels) != self.checks[number]:
                 raise UserError(
