@@ -110,17 +110,17 @@ class CachedPictures(Pictures):
                 ) from None
             self._pixels = pixels.view(np.ndarray)
         width, height = self.sizes[number, :2]
-        pixels = self._pixels[self.starts[number] : self.starts[number + 1]]
+        stored = self._pixels[self.starts[number] : self.starts[number + 1]]
         # Once a process and picture, not all at the start: 30 GB would be read before the first batch. Takes 0.1 ms for
         # a picture of 262 kB (a view of it 0.5 ms), on one core.
         if not self._checked[number]:
-            if zlib.crc32(pixels) != self.checks[number]:
+            if zlib.crc32(stored.data) != self.checks[number]:
                 raise UserError(
                     f"{self.path}: picture {number} of the picture cache has changed since it was stored (wrong "
                     f"checksum); remove the folder {self.path.parent} and run again, which builds it anew"
                 )
             self._checked[number] = True
-        return pixels.reshape(height, width, 3)
+        return stored.reshape(height, width, 3)
 
 
 def cached_pictures(pictures: Pictures, folder: Path, name: str, stored_size: int) -> CachedPictures:
