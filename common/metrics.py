@@ -329,7 +329,7 @@ def _ndcg(cutoff: Cutoff, size: int, most_shared: int, device: torch.device) -> 
 
     def measure(ranking: Ranking) -> Tensor:
         rows, grade = ranking.rows, most_shared - ranking.shared.int()
-        gain = gains[grade] * discounts[ranking.places - rows * size]
+        gain = gains[grade] * discounts[ranking.ranks]
         total = gain.new_zeros(len(ranking.relevant)).index_add(0, rows, gain)
         counts = torch.bincount(rows * most_shared + grade, minlength=len(ranking.relevant) * most_shared)
         ends = counts.view(-1, most_shared).cumsum(1)  # items of at least a grade, [q, C]
@@ -364,7 +364,7 @@ def _interpolated_precision(ranking: Ranking, levels: Tensor) -> Tensor:
     for row, (start, count) in enumerate(zip(ranking.starts.tolist(), ranking.relevant.tolist(), strict=True)):
         if count == 0:
             continue
-        ranks = ranking.places[start : start + count] % ranking.size + 1
+        ranks = ranking.ranks[start : start + count] + 1
         precision = torch.arange(1, count + 1, device=ranks.device).double() / ranks
         best = precision.flip(0).cummax(0).values.flip(0)
         values[row] = best[(levels * count - rounding).ceil().long().clamp(min=1) - 1]

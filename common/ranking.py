@@ -1,28 +1,32 @@
 """Ranking a database by Hamming distance, in blocks of queries: what the retrieval metrics are computed from.
 
-Distances of K bits take K + 1 values, so a stable ranking needs no sort of items: counting how many lie at each
-distance gives the rank where a distance begins, and a second pass over the items in database order gives every item
-the next rank of its distance. On the CPU that is compiled code with bit operations, one block of queries a thread;
-elsewhere torch's own operations do it.
+Distances of K bits take K + 1 values, so a stable ranking needs no sort: the rank of an item is the number of items at
+smaller distances, plus the number at its own distance that stand before it. One pass in database order counts both;
+only relevant items are then put in place. On the CPU that is compiled code with bit operations, one block of queries a
+thread; elsewhere torch's own operations do it.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba.extending import intrinsic
 from torch import Tensor
 
-from utils.compiled import compiled
+from utils.compiled import compiled, compiled_sums
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
-_PAIRS_ON_CPU = 1 << 20  # pairs ranked at a time by one thread: at most 20 MB
-_PAIRS_ON_ACCELERATOR = 1 << 24  # at most 1 GB
+_PAIRS_ON_CPU = 1 << 20  # pairs ranked at a time by one thread: at most 6 MB
+_ITEMS_AT_ONCE = 1024  # database items whose distances are computed together; they stay in the first cache
+_PAIRS_ON_ACCELERATOR = 1 << 27  # ranked at a time, where its free memory allows so many
+_ITEMS_OF_A_LANE = 256  # database items that one counter goes through, one after the other
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,20 @@ class Ranking:
     Attributes:
         size: D, number of database items.
         relevant: R, number of relevant items, [q] int64.
-        places: row D + rank, with row and rank counted from 0; ascending, [n] int64.
+        ranks: From 0; ascending within a query, [n] int32.
         shared: Labels that the item shares with its query, [n] int16, at least 1.
-        precision_sums: For the j-th relevant item of a query at rank r_j (both from 1), the sum of i / r_i over all
-            i <= j, [n] float64.
         items: Items at every distance, [q, K + 1] int64.
         hits: Relevant items at every distance, [q, K + 1] int64.
     """
 
     size: int
     relevant: Tensor
-    places: Tensor
+    ranks: Tensor
     shared: Tensor
-    precision_sums: Tensor
     items: Tensor
     hits: Tensor
 
-    @property
+    @cached_property
     def rows(self) -> Tensor:
         """Query of every relevant item, [n] int64."""
         return torch.repeat_interleave(self.relevant)
@@ -60,6 +61,11 @@ class Ranking:
         """Where each query's relevant items start, [q] int64."""
         return self.relevant.cumsum(0) - self.relevant
 
+    @cached_property
+    def places(self) -> Tensor:
+        """Row times D, plus rank, of every relevant item; ascending, [n] int64."""
+        return self.rows * self.size + self.ranks
+
     def hits_within(self, rank: int) -> Tensor:
         """Relevant items up to a rank (from 1), [q] int64."""
         if rank >= self.size:
@@ -68,11 +74,22 @@ class Ranking:
         return torch.searchsorted(self.places, limits) - self.starts
 
     def precision_sum(self, count: Tensor) -> Tensor:
-        """Sum of j / r_j over the first `count` [q] relevant items, [q] float64; `count` is at most `relevant`."""
-        if len(self.precision_sums) == 0:
-            return torch.zeros_like(count, dtype=torch.float64)
-        last = (self.starts + count - 1).clamp(min=0)
-        return self.precision_sums[last].where(count > 0, 0.0)
+        """Sum of j / r_j over the first `count` [q] relevant items, r_j being the rank (from 1) of the j-th.
+
+        Returns:
+            [q] float64; `count` is at most `relevant`.
+        """
+        if self.ranks.device.type == "cpu":
+            tables = (table.numpy() for table in (self.ranks, self.relevant, count))
+            return torch.from_numpy(_precision_sums(*tables))
+        return precision_sums_with_torch(self, count)
+
+
+def precision_sums_with_torch(ranking: Ranking, count: Tensor) -> Tensor:
+    """`Ranking.precision_sum`, [q] float64 for `count` [q] int64, by operations that every device has."""
+    number = torch.arange(1, len(ranking.ranks) + 1, device=count.device) - ranking.starts[ranking.rows]  # j, [n]
+    precision = torch.where(number <= count[ranking.rows], number.double() / (ranking.ranks + 1), 0.0)
+    return torch.segment_reduce(precision, "sum", lengths=ranking.relevant, unsafe=True)
 
 
 def rank_and_measure(
@@ -97,35 +114,71 @@ def rank_and_measure(
 def rank_with_torch(codes: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Iterator[Ranking]:
     """Rankings of consecutive blocks of queries, by operations that every device has.
 
+    Nothing is sorted. The database is cut into lanes of consecutive items, each with a counter for every distance; all
+    lanes of all queries of a block take their next item at once, which tells how many of its distance came before it in
+    the lane. Adding what earlier lanes and smaller distances hold gives its rank.
+
     Args:
         codes: As `rank_and_measure`.
         labels: As `rank_and_measure`.
     """
-    bits, size = codes[0].shape[1], len(codes[1])
-    database_codes, database_labels = codes[1].float().T, labels[1].float().T
-    ranks = torch.arange(1, size + 1, device=codes[1].device)
-    rows = max(1, _PAIRS_ON_ACCELERATOR // size)
+    bits, size, device = codes[0].shape[1], len(codes[1]), codes[0].device
+    length = min(_ITEMS_OF_A_LANE, size)
+    lanes = -(-size // length)
+    missing = lanes * length - size
+    # The i-th items of all lanes stand together, [length, lanes, ...]; what fills up the last lane is farther than all.
+    database_codes, database_labels = (
+        F.pad(table.float(), (0, 0, 0, missing)).view(lanes, length, -1).transpose(0, 1).flatten(0, 1).T
+        for table in (codes[1], labels[1])
+    )
+    filled = torch.arange(length, device=device)[:, None] + torch.arange(lanes, device=device) * length >= size
+    rows = max(1, _pairs_at_once(device, bits, length) // (lanes * length))
     for start in range(0, len(codes[0]), rows):
         query_codes, query_labels = (table[start : start + rows].float() for table in (codes[0], labels[0]))
-        distances = ((bits - query_codes @ database_codes) / 2).short()  # [q, D]; sums below 2^24 are exact
-        shared = (query_labels @ database_labels).short()
-        index = distances.long()
-        empty = index.new_zeros(len(index), bits + 1)
-        items = empty.scatter_add(1, index, torch.ones_like(index))
-        hits = empty.scatter_add(1, index, (shared > 0).long())
-        del index
-        shared = shared.gather(1, distances.sort(dim=1, stable=True).indices)
-        found = shared > 0
-        precision = torch.where(found, found.cumsum(1).double() / ranks, 0.0)
+        queries = len(query_codes)
+        distances = (query_codes @ database_codes).sub_(bits).mul_(-0.5)  # [q, length lanes]; sums < 2^24 are exact
+        distance = distances.view(queries, length, lanes).masked_fill_(filled, bits + 1).transpose(0, 1).long()
+        del distances
+        seen = torch.zeros(queries, lanes, bits + 2, dtype=torch.int32, device=device)
+        before = torch.empty(length, queries, lanes, dtype=torch.int32, device=device)
+        for i in range(length):
+            which = distance[i].unsqueeze(-1)  # [q, lanes, 1]
+            count = seen.gather(2, which)
+            before[i] = count.squeeze(-1)
+            seen.scatter_(2, which, count.add_(1))
+        items = seen.sum(1)  # [q, K + 2] int64
+        smaller = (items.cumsum(1) - items).int()
+        seen = seen.cumsum(1, dtype=torch.int32).sub_(seen).add_(smaller.unsqueeze(1))
+        before += seen.expand(length, -1, -1, -1).gather(3, distance.unsqueeze(-1)).squeeze(-1)
+        del seen, distance
+        shared = (query_labels @ database_labels).short()  # 0 for what fills up
+        by_rank = torch.empty(queries, length * lanes, dtype=torch.int16, device=device)
+        by_rank.scatter_(1, before.transpose(0, 1).flatten(1).long(), shared)
+        del before, shared
+        by_rank = by_rank[:, :size]
+        found = by_rank > 0
+        row, rank = found.nonzero(as_tuple=True)
+        relevant = found.sum(1)
+        del found
+        ends = items[:, : bits + 1].cumsum(1) + torch.arange(queries, device=device).unsqueeze(1) * size
+        within = torch.searchsorted(row * size + rank, ends) - (relevant.cumsum(0) - relevant).unsqueeze(1)
         yield Ranking(
             size=size,
-            relevant=hits.sum(1),
-            places=found.flatten().nonzero().squeeze(1),
-            shared=shared[found],
-            precision_sums=precision.cumsum(1)[found],
-            items=items,
-            hits=hits,
+            relevant=relevant,
+            ranks=rank.int(),
+            shared=by_rank[row, rank],
+            items=items[:, : bits + 1],
+            hits=within.diff(dim=1, prepend=within.new_zeros(queries, 1)),
         )
+
+
+def _pairs_at_once(device: torch.device, bits: int, length: int) -> int:
+    """Pairs of query and item that one block may have, by the memory that is free."""
+    if device.type != "cuda":
+        return _PAIRS_ON_ACCELERATOR
+    bytes_of_a_pair = 128 + 8 * (bits + 2) // length  # largest while relevant items are measured; then the counters
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_PAIRS_ON_ACCELERATOR, free // (2 * bytes_of_a_pair))
 
 
 # ---------------------------------------------------------------------------------------------- on the CPU
@@ -135,14 +188,15 @@ def _on_cpu(
     codes: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], measure: Callable[[Ranking], Tensor]
 ) -> Tensor:
     bits, size, queries = codes[0].shape[1], len(codes[1]), len(codes[0])
-    query_codes, database_codes = (pack(table > 0) for table in codes)
-    query_labels, database_labels = (pack(table != 0) for table in labels)
+    query_codes, query_labels = pack(codes[0] > 0), pack(labels[0] != 0)
+    # Words of all items side by side, so that compiled loops run over neighbours.
+    database_codes, database_labels = (np.ascontiguousarray(pack(table).T) for table in (codes[1] > 0, labels[1] != 0))
     threads = torch.get_num_threads()
     rows = max(1, min(_PAIRS_ON_CPU // size, -(-queries // threads)))
     # Every thread writes its blocks into the same memory again: fresh pages would cost as much as the ranking.
     free: SimpleQueue[list[np.ndarray]] = SimpleQueue()
     for _ in range(threads):
-        free.put([np.empty(rows * size, dtype) for dtype in (np.int64, np.int16, np.float64)])
+        free.put([np.empty(rows * size, dtype) for dtype in (np.int32, np.int16)])
 
     def measure_rows(start: int) -> Tensor:
         block = slice(start, start + rows)
@@ -152,9 +206,9 @@ def _on_cpu(
                 query_codes[block], database_codes, query_labels[block], database_labels, bits, *out
             )
             count = relevant.sum()
-            places, shared, precision_sums = (torch.from_numpy(array[:count]) for array in out)
+            ranks, shared = (torch.from_numpy(array[:count]) for array in out)
             relevant, items, hits = (torch.from_numpy(array) for array in (relevant, items, hits))
-            return measure(Ranking(size, relevant, places, shared, precision_sums, items, hits))
+            return measure(Ranking(size, relevant, ranks, shared, items, hits))
         finally:
             free.put(out)
 
@@ -194,64 +248,75 @@ def _rank(
     query_labels: Words,
     database_labels: Words,
     bits: int,
-    places: np.ndarray,
+    ranks: np.ndarray,
     shared: np.ndarray,
-    sums: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fills the start of `places`, `shared` and `sums`; returns `relevant`, `items` and `hits` of a Ranking."""
-    queries, size = len(query_codes), len(database_codes)
+    """Fills the start of `ranks` and `shared`; returns `relevant`, `items` and `hits` of a Ranking."""
+    queries, size = len(query_codes), database_codes.shape[1]
     relevant = np.zeros(queries, np.int64)
     items = np.zeros((queries, bits + 1), np.int64)
     hits = np.zeros((queries, bits + 1), np.int64)
-    distance_of = np.empty(size, np.uint16)
-    shared_of = np.empty(size, np.int16)
-    next_rank = np.empty(bits + 1, np.int64)
-    next_hit = np.empty(bits + 1, np.int64)
-    # Relevant items by distance. An irrelevant one is written too, where the next relevant one of its distance will
-    # overwrite it: no branch to mispredict. Each distance has one place more for the last of them.
-    rank_of = np.empty(size + bits + 1, np.int32)
-    labels_of = np.empty(size + bits + 1, np.int16)
-    count = 0
+    both = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distance in the lower half, shared labels in the upper one
+    counts = np.empty(bits + 1, np.uint32)
+    found_at = np.empty(bits + 1, np.uint32)
+    # Relevant items as they come: items of their distance before them, and `both` above that. An irrelevant one is
+    # written too, where the next relevant one will overwrite it: no branch to mispredict.
+    kept = np.empty(size + 1, np.uint64)
+    smaller = np.empty(bits + 1, np.uint32)
+    slots = np.empty(bits + 1, np.uint64)
+    total = np.uint64(0)
     for row in range(queries):
-        code, label = query_codes[row], query_labels[row]
-        for item in range(size):
-            distance_of[item] = count_ones(code[0] ^ database_codes[item, 0])
-            shared_of[item] = count_ones(label[0] & database_labels[item, 0])
-        for word in range(1, len(code)):
-            for item in range(size):
-                distance_of[item] += count_ones(code[word] ^ database_codes[item, word])
-        for word in range(1, len(label)):
-            for item in range(size):
-                shared_of[item] += count_ones(label[word] & database_labels[item, word])
-        for item in range(size):
-            items[row, distance_of[item]] += 1
-            hits[row, distance_of[item]] += shared_of[item] > 0
-        rank = 0
-        slot = 0
+        counts[:] = 0
+        found_at[:] = 0
+        found = np.uint64(0)
+        for first in range(0, size, _ITEMS_AT_ONCE):
+            part = both[: min(_ITEMS_AT_ONCE, size - first)]
+            part[:] = 0
+            # Slices, not sums of indices: only then are the loops compiled to vector instructions.
+            for word in range(len(database_codes)):
+                code, codes = query_codes[row, word], database_codes[word, first : first + len(part)]
+                for item in range(len(part)):
+                    part[item] += np.uint32(count_ones(code ^ codes[item]))
+            for word in range(len(database_labels)):
+                label, labels = query_labels[row, word], database_labels[word, first : first + len(part)]
+                for item in range(len(part)):
+                    part[item] += np.uint32(count_ones(label & labels[item])) << np.uint32(16)
+            for item in range(len(part)):
+                pair = part[item]
+                distance = pair & np.uint32(0xFFFF)
+                kept[found] = np.uint64(counts[distance]) | (np.uint64(pair) << np.uint64(32))
+                counts[distance] += np.uint32(1)
+                found += np.uint64(pair > np.uint32(0xFFFF))
+        for place in range(found):
+            found_at[(kept[place] >> np.uint64(32)) & np.uint64(0xFFFF)] += np.uint32(1)
+        rank, slot = 0, total
         for distance in range(bits + 1):
-            next_rank[distance] = rank
-            next_hit[distance] = slot
-            rank += items[row, distance]
-            slot += hits[row, distance] + 1
-        for item in range(size):
-            distance = distance_of[item]
-            slot = next_hit[distance]
-            rank_of[slot] = next_rank[distance]
-            labels_of[slot] = shared_of[item]
-            next_rank[distance] += 1
-            next_hit[distance] = slot + (shared_of[item] > 0)
-        total = 0.0
-        found = 0
-        slot = 0
-        for distance in range(bits + 1):
-            for _ in range(hits[row, distance]):
-                found += 1
-                total += found / (rank_of[slot] + 1)
-                places[count] = row * size + rank_of[slot]
-                shared[count] = labels_of[slot]
-                sums[count] = total
-                count += 1
-                slot += 1
-            slot += 1
+            items[row, distance], hits[row, distance] = counts[distance], found_at[distance]
+            smaller[distance], slots[distance] = rank, slot
+            rank += counts[distance]
+            slot += found_at[distance]
+        for place in range(found):
+            pair = kept[place] >> np.uint64(32)
+            distance = pair & np.uint64(0xFFFF)
+            slot = slots[distance]
+            slots[distance] = slot + np.uint64(1)
+            ranks[slot] = smaller[distance] + np.uint32(kept[place])
+            shared[slot] = pair >> np.uint64(16)
         relevant[row] = found
+        total += found
     return relevant, items, hits
+
+
+@compiled_sums
+def _precision_sums(ranks: np.ndarray, relevant: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """`Ranking.precision_sum`."""
+    sums = np.zeros(len(relevant))
+    start = 0
+    for row in range(len(relevant)):
+        own = ranks[start : start + count[row]]
+        total = 0.0
+        for place in range(len(own)):
+            total += (place + 1.0) / (own[place] + 1.0)
+        sums[row] = total
+        start += relevant[row]
+    return sums

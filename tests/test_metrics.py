@@ -77,6 +77,7 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
             return torch.cat([measure(r) for r in ranking.rank_with_torch(codes, labels)])
 
         monkeypatch.setattr(metrics, "rank_and_measure", with_torch)
+        monkeypatch.setattr(ranking.Ranking, "precision_sum", ranking.precision_sums_with_torch)
 
 
 # ---------------------------------------------------------------------------------------------- known numbers
@@ -281,9 +282,11 @@ def test_blocks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
 
 
-def test_ranking_with_torch_in_blocks_equals_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lane", [1, 7, 90, 256])
+def test_ranking_with_torch_in_blocks_equals_the_compiled_one(monkeypatch: pytest.MonkeyPatch, lane: int) -> None:
     p = problem(queries=20, database=90, bits=70, classes=70, density=0.05)
     monkeypatch.setattr(ranking, "_PAIRS_ON_ACCELERATOR", 300)
+    monkeypatch.setattr(ranking, "_ITEMS_OF_A_LANE", lane)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     compiled: list[ranking.Ranking] = []
 
@@ -294,11 +297,13 @@ def test_ranking_with_torch_in_blocks_equals_the_compiled_one(monkeypatch: pytes
     ranking.rank_and_measure(p[:2], p[2:], keep)
     blocks = list(ranking.rank_with_torch(p[:2], p[2:]))
     assert len(compiled) == 1 and len(blocks) > 5
-    for name in ("relevant", "shared", "items", "hits", "precision_sums"):
+    for name in ("relevant", "ranks", "shared", "items", "hits"):
         parts = torch.cat([getattr(block, name) for block in blocks])
-        torch.testing.assert_close(parts, getattr(compiled[0], name), rtol=1e-14, atol=0)
-    places = torch.cat([block.places % 90 for block in blocks])
-    assert torch.equal(places, compiled[0].places % 90)
+        assert torch.equal(parts, getattr(compiled[0], name)), name
+    counts = torch.arange(20).minimum(compiled[0].relevant)
+    for count in (compiled[0].relevant, counts):
+        with_torch = ranking.precision_sums_with_torch(compiled[0], count)
+        torch.testing.assert_close(with_torch, compiled[0].precision_sum(count), rtol=1e-14, atol=0)
 
 
 def test_ties_are_broken_by_place() -> None:

@@ -11,7 +11,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The machine code is kept beside the source, or in the user's cache folder, so that later processes find it.
     """
+    return _compiled(function)
+
+
+def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled` for sums of floats whose order of addition may change, so that several are added at once.
+
+    The order depends on how many they are, and on nothing else. Division by zero gives infinity.
+    """
+    return _compiled(function, fastmath={"reassoc", "nsz"}, error_model="numpy")
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # neither folder can be written to
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
