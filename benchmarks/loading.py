@@ -11,7 +11,6 @@ are read once, and its numbers written once, by as many threads.
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -30,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.report import machine, print_table, write_results
 from common.config import read_yaml
 from dataset.loader import Loader, build_loader
 from dataset.mat import MatConfig, MatDataset
 from dataset.pictures.cache import CachedPictures, cached_pictures
 from dataset.pictures.transforms import MEAN, STD
 from dataset.texts.tokenizer import tokenize
-from utils.files import write_json
 from utils.logging import say
 from utils.progress import progress
 
@@ -204,9 +203,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, results)
-    say(f"written to {args.output}")
+    write_results(args.output, results)
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -243,8 +240,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     stored_bytes = int(cache.starts[-1])
     results: dict[str, Any] = {
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, Pillow {PIL.__version__}, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{machine(torch.device('cpu'))}, Pillow {PIL.__version__}",
         "bytes_of_a_jpeg": sum(map(os.path.getsize, plain.pictures.files() or ())) / args.pictures,
         "bytes_of_a_stored_picture": stored_bytes / args.pictures,
         "cache_build_s": build_seconds,
@@ -262,12 +258,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         f"{args.pictures} JPEGs of {WIDTH} x {HEIGHT}, {results['bytes_of_a_jpeg'] / 1e3:.0f} kB each; batches of "
         f"{args.batch_size}, {args.workers} worker processes, medians of {args.repeats} epochs; {results['machine']}"
     )
-    say(f"{'':28}{'samples / s':>12}{'fastest':>10}{'peak MB':>9}{'x published':>12}")
-    for name, row in results["ways"].items():
-        say(
-            f"{name:28}{row['samples_per_s']:12.0f}{row['fastest_samples_per_s']:10.0f}{row['peak_mb']:9.0f}"
-            f"{row['ratio_to_published_way']:12.2f}"
-        )
+    columns = [("samples / s", "samples_per_s", ".0f"), ("fastest", "fastest_samples_per_s", ".0f"),
+               ("peak MB", "peak_mb", ".0f"), ("x published", "ratio_to_published_way", ".2f")]  # fmt: skip
+    print_table(results["ways"], columns)
     say(
         f"cache of {stored_bytes / 1e6:.0f} MB ({results['bytes_of_a_stored_picture'] / 1e3:.0f} kB a picture), "
         f"built in {build_seconds:.1f} s, opening included"

@@ -2,14 +2,16 @@
 
     python -m benchmarks.retrieval                                        # 2,000 x 18,015 x 64 bits, 24 labels
     python -m benchmarks.retrieval --queries 5000 --database 117218 --classes 80 --no-baseline
+    python -m benchmarks.retrieval --queries 5000 --database 117218 --classes 80 --no-baseline --device cuda
 
 The baseline is written from the formula as the published repositories evaluate it: one float matrix of all distances,
-one of all relevances, a full sort of every row, a Python loop over queries.
+one of all relevances, a full sort of every row, a Python loop over queries. `reading each pair once` is the limit: it
+looks at codes and labels of every pair, in vector instructions on every core, and neither counts nor keeps anything.
+`four directions` computes all definitions of mAP at two cuts, NDCG and precision, four times.
 """
 
 import argparse
 import os
-import platform
 import statistics
 import threading
 import time
@@ -23,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.metrics import average_precision
+from benchmarks.report import machine, print_table, write_results
+from common.metrics import average_precision, retrieval_values
 from common.ranking import count_ones, pack
-from utils.files import write_json
 from utils.logging import say
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -74,18 +76,19 @@ def baseline(
     distances = 0.5 * (query_codes.shape[1] - query_codes @ database_codes.T)  # [Q, D]
     relevance = (query_labels @ database_labels.T > 0).float()  # [Q, D]
     order = torch.sort(distances, dim=1, stable=stable).indices
-    values = torch.zeros(len(query_codes))
+    values = torch.zeros(len(query_codes), device=query_codes.device)
     for query in range(len(query_codes)):
         ranked = relevance[query][order[query]]
         ranks = torch.nonzero(ranked).squeeze(1).float() + 1
         if len(ranks):
-            values[query] = (torch.arange(1, len(ranks) + 1) / ranks).mean()
+            values[query] = (torch.arange(1, len(ranks) + 1, device=ranks.device) / ranks).mean()
     return values
 
 
 def read_pairs(problem: Problem) -> None:
     """The least that any exact way has to do: look at code and labels of every pair once, and keep nothing."""
-    query_codes, database_codes, query_labels, database_labels = (pack(table > 0) for table in problem)
+    query_codes, database_codes, query_labels, database_labels = (pack(table.cpu() > 0) for table in problem)
+    database_codes, database_labels = (np.ascontiguousarray(words.T) for words in (database_codes, database_labels))
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(
@@ -101,19 +104,41 @@ def read_pairs(problem: Problem) -> None:
 def _sum_of_pairs(
     query_codes: np.ndarray, database_codes: np.ndarray, query_labels: np.ndarray, database_labels: np.ndarray
 ) -> int:
-    total = 0
+    total = np.uint64(0)
+    size, part = database_codes.shape[1], 1024  # items that the first cache holds
     for row in range(len(query_codes)):
-        for word in range(query_codes.shape[1]):
-            for item in range(len(database_codes)):
-                total += count_ones(query_codes[row, word] ^ database_codes[item, word])
-        for word in range(query_labels.shape[1]):
-            for item in range(len(database_codes)):
-                total += (query_labels[row, word] & database_labels[item, word]) != 0
+        for first in range(0, size, part):
+            for word in range(len(database_codes)):
+                code, codes = query_codes[row, word], database_codes[word, first : first + part]
+                for item in range(len(codes)):
+                    total += count_ones(code ^ codes[item])
+            for word in range(len(database_labels)):
+                label, labels = query_labels[row, word], database_labels[word, first : first + part]
+                for item in range(len(labels)):
+                    total += np.uint64((label & labels[item]) != 0)
     return total
 
 
+def all_numbers(problem: Problem) -> list[Tensor]:
+    """Every number of a results table for four directions; here all four have the same codes.
+
+    Returns:
+        Numbers of the last direction, each [Q] float64 on the CPU.
+    """
+    for _ in range(4):
+        values = retrieval_values(*problem, cutoffs=["all", 50], definitions=["relevant", "top", "expected"])
+    return [value.cpu() for value in values.values()]
+
+
 def measured(work: Callable[[], Any]) -> tuple[float, float]:
-    """Runs once and returns seconds and the peak of resident memory above its start, MB."""
+    """Runs once and returns seconds and the peak of memory above its start, MB: the card's if there is work on one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        held, start = torch.cuda.memory_allocated(), time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - held) / 1e6
     start_pages = _resident()
     peak, done = [start_pages], threading.Event()
 
@@ -146,6 +171,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where to rank: cpu or cuda")
     parser.add_argument(
         "--no-baseline", action="store_true", help="leave out the published way, which needs 16 B a pair"
     )
@@ -153,15 +179,21 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    problem = make_problem(args.queries, args.database, args.bits, args.classes, args.seed)
+    host = make_problem(args.queries, args.database, args.bits, args.classes, args.seed)
+    problem: Problem = (
+        host[0].to(args.device), host[1].to(args.device), host[2].to(args.device), host[3].to(args.device)
+    )  # fmt: skip
     ways: dict[str, Callable[[], Any]] = {
         "this library": lambda: average_precision(*problem),
-        "reading each pair once": lambda: read_pairs(problem),
+        "four directions": lambda: all_numbers(problem),
     }
+    if args.device.type == "cpu":
+        ways["reading each pair once"] = lambda: read_pairs(problem)
     if not args.no_baseline:
         ways["published way"] = lambda: baseline(*problem, stable=False)
     few: Problem = (problem[0][:4], problem[1][:4], problem[2][:4], problem[3][:4])
     average_precision(*few)  # compiles, or reads what an earlier run compiled
+    all_numbers(few)
     read_pairs(few)
 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -175,8 +207,9 @@ def main() -> None:
     pairs = args.queries * args.database
     ours = statistics.median(seconds["this library"])
     results: dict[str, Any] = {
-        "settings": {name: value for name, value in vars(args).items() if name != "output"},
-        "machine": f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "settings": {name: value for name, value in vars(args).items() if name != "output"}
+        | {"device": str(args.device)},
+        "machine": machine(args.device),
         "relevant_pairs": float((problem[2] @ problem[3][:1000].T > 0).float().mean()),
         "ways": {
             name: {
@@ -193,19 +226,21 @@ def main() -> None:
         f"{args.queries} queries x {args.database} items x {args.bits} bits, {args.classes} labels, "
         f"{args.threads} threads, {args.repeats} repeats; {results['relevant_pairs']:.0%} of pairs relevant"
     )
-    say(f"{'':24}{'median s':>10}{'fastest s':>11}{'ns / pair':>11}{'peak MB':>9}{'x ours':>8}")
-    for name, row in results["ways"].items():
-        say(
-            f"{name:24}{row['median_s']:10.3f}{row['fastest_s']:11.3f}{row['ns_per_pair']:11.2f}{row['peak_mb']:9.0f}"
-            f"{row['ratio_to_this_library']:8.2f}"
-        )
+    say(results["machine"])
+    columns = [("median s", "median_s", ".3f"), ("fastest s", "fastest_s", ".3f"), ("ns / pair", "ns_per_pair", ".2f"),
+               ("peak MB", "peak_mb", ".0f"), ("x ours", "ratio_to_this_library", ".2f")]  # fmt: skip
+    print_table(results["ways"], columns)
     if not args.no_baseline:
         difference = (average_precision(*problem).nan_to_num(0) - baseline(*problem, stable=True)).abs().max()
         results["largest_difference_of_an_average_precision"] = float(difference)
         say(f"largest difference of a query's average precision under the stable tie rule: {difference:.1e}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, results)
-    say(f"written to {args.output}")
+    if args.device.type != "cpu":
+        difference = max(
+            (a - b).abs().nan_to_num(0).max() for a, b in zip(all_numbers(problem), all_numbers(host), strict=True)
+        )
+        results["largest_difference_to_the_cpu"] = float(difference)
+        say(f"largest difference of a query's numbers to the CPU's: {difference:.1e}")
+    write_results(args.output, results)
 
 
 if __name__ == "__main__":
