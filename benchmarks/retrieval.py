@@ -103,7 +103,7 @@ def read_pairs(problem: Problem) -> None:
 @numba.njit(nogil=True)
 def _sum_of_pairs(
     query_codes: np.ndarray, database_codes: np.ndarray, query_labels: np.ndarray, database_labels: np.ndarray
-) -> int:
+) -> np.uint64:
     total = np.uint64(0)
     size, part = database_codes.shape[1], 1024  # items that the first cache holds
     for row in range(len(query_codes)):
