@@ -163,7 +163,7 @@ def build(config: Config, data: MatDataset, shape: ClipShape, towers: type[CLIP]
     model = cls(config.model, info)
     backbone = towers(shape)
     backbone.logit_scale.requires_grad_(False)
-    backbone.load_state_dict(model.backbone.state_dict())  # type: ignore[union-attr, arg-type]
+    backbone.load_state_dict(model.backbone.state_dict())  # type: ignore[union-attr]
     model.backbone = backbone
     model.prepare(info)
     return model.to(device).train()
