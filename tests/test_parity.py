@@ -243,5 +243,5 @@ def test_unreadable_cases_fail_with_a_reason(tmp_path: Path, capsys: pytest.Capt
     np.savez(method, cfg=np.array(json.dumps({"method": "Sonnet"})))
     assert main([str(broken), str(unknown), str(method), str(tmp_path / "missing.npz")]) == 1
     printed = capsys.readouterr().out
-    assert "Sonnet has no parity case" in printed
+    assert "unknown model 'Sonnet'" in printed
     assert printed.endswith("0 passed, 4 failed\n")
