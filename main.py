@@ -1,30 +1,22 @@
 """Train or evaluate a cross-modal hashing method.
 
-This file parses the command line, builds the runner and runs it; README.md shows the commands.
+This file reads the command line; README.md shows the commands, `runners/commands.py` does them. Torch and all that
+needs it load only then, so that help, lists and mistakes are answered at once.
 """
 
 import argparse
-import importlib.util
-import json
+import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import NoReturn
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load, which takes seconds: no traceback
 
-from common.checkpoint import load
-from common.config import Config, build_config, flatten, has_section, load_config
 from common.errors import UserError
 from common.registry import DATASETS, MODELS, RUNNERS, near_names
-from dataset.check import check_data
-from runners.evaluation import evaluate_file
-from runners.sweep import Sweep
-from utils import launch
-from utils.logging import say, setup_logging, table
-from utils.signals import Interrupted
+from utils.output import BROKEN_PIPE, say, table
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +26,9 @@ class _Parser(argparse.ArgumentParser):
         wrong = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
         near = near_names(wrong, [option for action in self._actions for option in action.option_strings])
         raise UserError(f"{message}{near or ';'} --help explains every option")
+
+    def print_help(self, file: object = None) -> None:
+        say(self.format_help().rstrip())
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,96 +53,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def import_file(path: Path) -> None:
-    """Runs a user's Python file, so that its decorators register what it defines."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"--import {path}: there is no such Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"--import {path}: {type(error).__name__}: {error} ({line.filename}, line {line.lineno})"
-        ) from None
-
-
-def overrides_of(options: argparse.Namespace) -> list[str]:
-    """All `section.key=value` entries; the flags are short names of some, and come last."""
-    flags = {
-        "save_dir": options.save_dir,
-        "device": options.device,
-        "distribute": options.distribute or None,
-    }
-    return options.overrides + [f"run.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-
-
-def read_config(options: argparse.Namespace) -> Config:
-    """The configuration that the options ask for; that of the run or of the checkpoint where no file is named."""
-    overrides = overrides_of(options)
-    if options.config_file is not None:
-        return load_config(options.config_file, overrides)
-    if options.resume and options.save_dir is not None:
-        file = Path(options.save_dir) / "config.yaml"
-        if not file.is_file():
-            raise UserError(
-                f"{options.save_dir} holds no run to go on with (no config.yaml); start it with --config-file"
-            )
-        return load_config(file, overrides)
-    if options.evaluate is not None:
-        checkpoint = load(options.evaluate)
-        if checkpoint.is_ours:
-            return build_config(checkpoint.meta["config"], overrides=overrides)
-    or_folder = ", or the folder of the run with --save-dir" if options.resume else ""
-    raise UserError(
-        f"no configuration: name one with --config-file, e.g. --config-file configs/MITH/config.yaml{or_folder}"
-    )
-
-
 def list_registered() -> str:
     """All registered names with the first line of their documentation."""
     rows = [["kind", "name", "what it is"]]
     for registry in (MODELS, RUNNERS, DATASETS):
-        rows += [[registry.kind, name, (registry.get(name).__doc__ or "").split("\n")[0]] for name in registry.names()]
+        rows += [[registry.kind, name, what] for name, what in registry.described().items()]
         rows += [[registry.kind, module, f"could not be imported: {why}"] for module, why in registry.failed.items()]
     return table(rows)
 
 
 def run(options: argparse.Namespace) -> int:
     """Does what the options ask for; returns the exit code."""
-    for path in options.imports:
-        import_file(path)
-    if options.list:
+    if options.list and not options.imports:
         say(list_registered())
         return 0
-    if options.check_data is not None:
-        check_data(options.check_data, options.overrides, None if options.save_dir is None else Path(options.save_dir))
-        return 0
-    sweep = None
-    if options.config_file is not None and has_section(options.config_file, "sweep"):
-        sweep = Sweep(options.config_file, overrides_of(options))
-    config = sweep.planned[0] if sweep is not None else read_config(options)
-    if options.print_config:
-        rows = [[key, str(value), config.origins.get(key, "")] for key, value in flatten(config.tree).items()]
-        say(table([["key", "value", "from"], *rows]))
-        return 0
-    if config.run.distribute and not launch.in_group():
-        return launch.launch(launch.count_processes(config.run.device))
-    if launch.in_group():
-        launch.join(config.run.device)
-    if sweep is not None:
-        sweep.run()
-    elif options.evaluate is not None:
-        evaluate_file(config, options.evaluate)
-    else:
-        runner = RUNNERS.get(config.run.runner)(config)
-        runner.setup(resume=options.resume or launch.restarted())
-        runner.run()
-    return 0
+    if options.config_file is not None and not options.imports:
+        from common.config import check_early
+
+        check_early(options.config_file, options.overrides)
+    from runners import commands
+
+    return commands.execute(options, list_registered)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,36 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for the user's mistakes, 75 or 130 when the run can go on, 1 for a defect.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    setup_logging()
     try:
-        launch.meet()
         return run(parse_arguments(arguments))
     except UserError as error:
-        if launch.first_to_fail():
+        if os.environ.get("RANK", "0") == "0":  # every process of a group makes this mistake
             sys.stderr.write(f"error: {error}\n")
         return 2
-    except Interrupted as stop:
-        if launch.first_to_fail():
-            sys.stderr.write(f"{stop}\n")
-        return stop.exit_code
-    except KeyboardInterrupt:
-        if launch.first_to_fail():
-            sys.stderr.write("interrupted before training began; run the same command again\n")
-        return 130
-    except Exception as error:
-        if "DataLoader worker" in str(error):  # torch notices a killed worker wherever the main process stands
-            sys.stderr.write("error: a loader process was killed, probably for lack of memory; lower run.workers\n")
-            return 2
-        if launch.first_to_fail():
-            if launch.lost_peer(error):
-                sys.stderr.write("error: another process of the group is gone; go on with --resume\n")
-            else:
-                traceback.print_exc()
-        return 1
-    finally:
-        launch.leave()
+    except BrokenPipeError:
+        return BROKEN_PIPE
 
 
 if __name__ == "__main__":

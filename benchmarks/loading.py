@@ -30,13 +30,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.report import machine, print_table, write_results
-from common.config import read_yaml
+from common.yaml_layers import read_yaml
 from dataset.loader import Loader, build_loader
 from dataset.mat import MatConfig, MatDataset
 from dataset.pictures.cache import CachedPictures, cached_pictures
 from dataset.pictures.transforms import MEAN, STD
 from dataset.texts.tokenizer import tokenize
-from utils.logging import say
+from utils.output import say
 from utils.progress import progress
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # as COCO's and Flickr's pictures

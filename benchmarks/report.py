@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from utils.files import write_json
-from utils.logging import say
+from utils.output import say
 
 
 def machine(device: torch.device) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.report import machine, print_table, write_results
 from common.metrics import average_precision, retrieval_values
 from common.ranking import count_ones, pack
-from utils.logging import say
+from utils.output import say
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -40,7 +40,7 @@ from dataset.mat import MatDataset
 from models.base import HashingModel
 from models.clip.towers import CLIP, Attention, ResidualBlock
 from runners.setup import autocast, make_loader
-from utils.logging import say
+from utils.output import say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOWERS = {

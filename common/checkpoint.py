@@ -2,8 +2,8 @@
 
 import json
 import logging
-import zipfile
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.tensor_files import read_tensors
 from utils.files import atomic
 
 FORMAT = "cross-modal-hashing/1"
@@ -66,45 +67,33 @@ def save(
     with atomic(path) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch's writer reports a full disk this way
-            raise OSError(str(error)) from None
+        except RuntimeError:  # torch's writer reports a full disk this way, in words of its own
+            free = shutil.disk_usage(path.parent).free / 1e6
+            raise UserError(
+                f"checkpoint {path} cannot be written: {free:,.0f} MB are free in {path.parent}; free some room, or go "
+                "on with another --save-dir"
+            ) from None
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint of this library, or a state dict that another program saved, onto the CPU.
+    """Reads a checkpoint of this library, or the tensors of another program's, onto the CPU.
 
     Nested dicts of tensors of another program are flattened with dots (`{"hash": {"w": t}}` -> `hash.w`).
 
     Raises:
         UserError: If the file is missing, damaged, holds anything but tensors and plain values, or no tensors at all.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"checkpoint {path} is not there; name a .pt or .pth file")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise UserError(
-                    f"checkpoint {path} is damaged (entry {damaged} fails its checksum); use an earlier one"
-                )
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises anything from RuntimeError to UnpicklingError on a broken file
-        reason = str(error)
-        if "Unsupported" in reason or "WeightsUnpickler" in reason or "GLOBAL" in reason:
-            raise UserError(
-                f"checkpoint {path} holds more than tensors and plain values, so it is not loaded: that could run code "
-                "of its author; save a plain state dict instead"
-            ) from None
-        raise UserError(f"checkpoint {path} cannot be read: truncated, or no checkpoint; use another one") from None
-    if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        return _ours(content, path)
-    state = dict(_flatten(content)) if isinstance(content, Mapping) else {}
-    if not state:
+        read = read_tensors(path)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None
+    if isinstance(read.content, Mapping) and read.content.get("format") == FORMAT:
+        return _ours(read.content, path)
+    if not read.tensors:
         raise UserError(f"checkpoint {path} holds no tensors by name; it must be a state dict")
-    return Checkpoint({}, state, path=path)
+    return Checkpoint({}, read.tensors, path=path)
 
 
 def _ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -112,19 +101,11 @@ def _ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
         meta, model, optimizers = json.loads(content["meta"]), dict(content["model"]), dict(content["optimizers"])
         whole = isinstance(meta, dict) and all(isinstance(value, Tensor) for value in model.values())
         whole = whole and isinstance(meta.get("config", {}), dict)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"checkpoint {path} was not written whole by this library; use an earlier one")
     return Checkpoint(meta, model, optimizers, path)
-
-
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
 
 
 class Checkpoints:

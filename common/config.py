@@ -1,25 +1,31 @@
-"""Configuration: YAML layers -> overrides -> strict schemas, with the origin of every value.
+"""Configuration: the schemas of the sections, and one message with all that is wrong.
 
-A file names its parents in `base: [..]` (paths relative to the file); sections merge, scalars and lists replace;
-`key=value` of the command line comes last. Values live in YAML only; types, meaning and ranges live in the schemas
-only.
+How YAML files are read and merged stands in `common/yaml_layers.py`. Values live in YAML only; types, meaning and
+ranges live in the schemas only.
 """
 
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from common.errors import UserError
 from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
+from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, check_values, flatten, read_layers
 
+logger = logging.getLogger(__name__)
 SECTIONS = ("model", "dataset", "optim", "run", "evaluate")
-Tree = dict[str, Any]
+CHECKPOINT = "the checkpoint"  # as the origin of a value
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 # Keys that change where or how fast a run computes, but not what: they may differ when a run goes on.
 FREE_KEYS = frozenset(
@@ -34,6 +40,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, protected_namespaces=()
     )
+
+
+class Mark(Enum):
+    """What a setting is beside its value, as the metadata of its annotation."""
+
+    OF_MACHINE = "a place or processes: of the machine, not of the experiment, so that a checkpoint's is never obeyed"
+    READ = "a path that is read: in a YAML file, relative to the file, the repository, or the working directory"
+
+
+DataPath = Annotated[str, Mark.OF_MACHINE, Mark.READ]
 
 
 class DatasetConfig(Section):
@@ -61,19 +77,39 @@ def _of_form(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+PLACEHOLDERS = ("model", "dataset", "bits", "seed")  # of run.save_dir
+
+
+def _with_placeholders(value: str) -> str:
+    """Refuses a folder with anything in braces but the bare placeholders."""
+    known = ", ".join("{" + name + "}" for name in PLACEHOLDERS)
+    try:
+        parts = list(string.Formatter().parse(value))
+    except ValueError:
+        raise ValueError(f"may hold no placeholder but {known}") from None
+    if any(name is not None and (name not in PLACEHOLDERS or form or change) for _, name, form, change in parts):
+        raise ValueError(f"may hold no placeholder but {known}")
+    return value
+
+
 class RunConfig(Section):
     """`run:` section. `configs/base.yaml` is the commented reference page of its values."""
 
     runner: str  # registered name of the loop
-    save_dir: str  # folder of the run; {model}, {dataset}, {bits} and {seed} are filled in
-    cache_dir: str  # downloaded weights, trained backbones, hash centres: costly to make, safe to delete
+    # folder of the run; {model}, {dataset}, {bits} and {seed} are filled in
+    save_dir: Annotated[str, AfterValidator(_with_placeholders), Mark.OF_MACHINE]
+    # downloaded weights, trained backbones, hash centres: costly to make, safe to delete
+    cache_dir: Annotated[str, Mark.OF_MACHINE]
     # auto, cpu, cpu:2 (two processes), cuda, or GPU numbers
     device: Annotated[
         str,
         BeforeValidator(lambda value: str(value) if type(value) is int else value),  # `device: 0` is a number in YAML
-        _of_form(r"auto|cpu(:[1-9]\d*)?|cuda|\d+(,\d+)*", "auto, cpu, cuda, GPU numbers such as 0,1, or cpu:2"),
+        _of_form(
+            r"auto|cpu(:[1-9]\d{0,5})?|cuda|\d{1,5}(,\d{1,5})*", "auto, cpu, cuda, GPU numbers such as 0,1, or cpu:2"
+        ),
+        Mark.OF_MACHINE,
     ]
-    distribute: bool  # one process per device of `device`
+    distribute: Annotated[bool, Mark.OF_MACHINE]  # one process per device of `device`
     seed: int = Field(ge=0, lt=2**32)  # weights, order, augmentation, dropout (the split has its own seed)
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)  # pairs of the global batch, over all processes
@@ -81,7 +117,7 @@ class RunConfig(Section):
     precision: Literal["float32", "bf16"]  # bf16: autocast; codes and losses stay float32
     compile: bool  # torch.compile
     loader: Literal["memory", "workers"]  # pictures held as uint8 on the device, or read by worker processes
-    workers: int = Field(ge=0)  # worker processes of the loader `workers`
+    workers: Annotated[int, Field(ge=0, le=1024), Mark.OF_MACHINE]  # worker processes of the loader `workers`
     # steps, or minutes as in "10m"
     checkpoint_every: Annotated[int, Field(gt=0)] | Annotated[str, _of_form(r"[1-9]\d*m", 'minutes such as "10m"')]
     keep_checkpoints: int = Field(gt=0)  # newest resumable checkpoints kept
@@ -126,11 +162,18 @@ class Config:
         """`run.save_dir` with {model}, {dataset}, {bits} and {seed} filled in."""
         model = MODELS.folder(self.model.name)
         names = {"model": model, "dataset": self.dataset.name, "bits": self.model.bits, "seed": self.run.seed}
-        try:
-            return Path(self.run.save_dir.format(**names))
-        except (LookupError, ValueError, AttributeError, TypeError):
-            known = ", ".join("{" + name + "}" for name in names)
-            raise UserError(f"run.save_dir: {self.run.save_dir!r} may hold no placeholder but {known}") from None
+        return Path(self.run.save_dir.format(**names))
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """Dotted key -> value of the paths that are read, as they were found from the working directory."""
+        sections = {"model": self.model, "dataset": self.dataset}
+        return {
+            f"{name}.{key}": getattr(section, key)
+            for name, section in sections.items()
+            for key, field in type(section).model_fields.items()
+            if Mark.READ in _marks(field)
+        }
 
     def to_yaml(self) -> str:
         """One YAML text that alone reproduces this configuration."""
@@ -151,8 +194,36 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         UserError: One message with every unknown, missing or ill-typed key, near names, and where each came from.
     """
     origins: dict[str, str] = {}
-    tree = _read_layers(Path(path), origins, ())
+    tree = read_layers(Path(path), origins, ())
     return build_config(tree, origins, overrides)
+
+
+def check_early(path: Path, overrides: list[str]) -> None:
+    """Finds the mistakes in a configuration that can be told without torch, which takes seconds to load.
+
+    Whether a section of a method, data set or optimizer is right, `load_config` tells.
+
+    Raises:
+        UserError: With all that was found.
+    """
+    origins: dict[str, str] = {}
+    tree = apply_overrides(read_layers(path, origins, ()), origins, overrides)
+    if "sweep" in tree:
+        return
+    errors = _wrong_sections(tree, origins)
+    for section, schema in (("run", RunConfig), ("evaluate", EvaluateConfig)):
+        if isinstance(tree.get(section), dict):
+            _validate(schema, tree[section], section, origins, errors)
+    for registry, section, key in (
+        (MODELS, "model", "name"),
+        (DATASETS, "dataset", "type"),
+        (RUNNERS, "run", "runner"),
+    ):
+        name = tree[section].get(key) if isinstance(tree.get(section), dict) else None
+        if isinstance(name, str):
+            _registered(registry.require_described, name, f"{section}.{key}", origins, errors)
+    if errors:
+        raise UserError(_joined(errors))
 
 
 def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides: list[str] | None = None) -> Config:
@@ -167,25 +238,82 @@ def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides
         UserError: As `load_config`.
     """
     origins = dict(origins or {})
-    tree = _apply_overrides(tree, origins, overrides or [])
-    errors: list[str] = [
-        f"{key}: unknown section{near_names(key, list(SECTIONS))}{_place(key, origins)}"
-        for key in tree
-        if key not in SECTIONS
-    ]
-    checked: dict[str, Any] = {}
-    for section in SECTIONS:
-        value = tree.get(section)
-        if not isinstance(value, dict):
-            missing = "is missing" if section not in tree else "must be a mapping of keys to values"
-            errors.append(
-                f"{section}: this section {missing}; configs/base.yaml and configs/MITH/config.yaml show its form"
-            )
-            continue
-        checked[section] = _check_section(section, value, origins, errors)
+    tree = apply_overrides(tree, origins, overrides or [])
+    errors = _wrong_sections(tree, origins)
+    checked = {
+        section: _check_section(section, tree[section], origins, errors)
+        for section in SECTIONS
+        if isinstance(tree.get(section), dict)
+    }
     if errors:
         raise UserError(_joined(errors))
     return Config(tree=tree, origins=origins, **checked)
+
+
+def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
+    """The configuration that a checkpoint of this library holds, without what belongs to the machine it was made on.
+
+    Results go beside the checkpoint. Devices, folders and processes are those of `configs/base.yaml`, the places of a
+    known data set those of its YAML, unless the command line says otherwise. Only where data are read a path of the
+    checkpoint may serve, if it is there; nothing is written or made where a checkpoint says.
+
+    Args:
+        tree: The stored configuration.
+        path: The checkpoint.
+        overrides: Entries `section.key=value`.
+
+    Raises:
+        UserError: As `load_config`; if a place of the data is neither known nor given.
+    """
+    check_values(tree, f"checkpoint {path}")
+    origins = dict.fromkeys(flatten(tree), CHECKPOINT)
+    own = apply_overrides(tree, origins, [])
+    own["run"] = own["run"] if isinstance(own.get("run"), dict) else {}
+    own["dataset"] = own["dataset"] if isinstance(own.get("dataset"), dict) else {}
+    _take_places(own, "run", RunConfig, ROOT / "configs/base.yaml", origins)
+    beside = str(path.resolve().parent).replace("{", "{{").replace("}", "}}")
+    own["run"]["save_dir"], origins["run.save_dir"] = beside, "beside the checkpoint"
+    kind, name = own["dataset"].get("type"), own["dataset"].get("name")
+    if isinstance(kind, str) and isinstance(name, str):
+        known = ROOT / "configs/datasets" / f"{re.sub(r'[^A-Za-z0-9_-]', '', name)}.yaml"
+        _take_places(own, "dataset", DATASETS.get(kind).Config, known, origins)
+    own = apply_overrides(own, origins, overrides)
+    for key, value in flatten(own).items():
+        if value is _NOT_TAKEN:
+            raise UserError(
+                f"{key} is a place on the machine on which {path} was made, so it is not taken from there; name it "
+                f"with {key}=..., or give the run's configuration with --config-file"
+            )
+    config = build_config(own, origins)
+    places = {f"{section}.{key}" for section in ("run", "dataset") for key in _places(getattr(config, section))}
+    said = [f"{key}={value} ({origins[key]})" for key, value in flatten(own).items() if key in places]
+    logger.info("settings of %s, with these places and processes: %s", path, ", ".join(said))
+    return config
+
+
+_NOT_TAKEN = "\0 of another machine"  # no setting can have this value
+
+
+def _take_places(tree: Tree, section: str, schema: type[Section], file: Path, origins: dict[str, str]) -> None:
+    """Replaces what belongs to the machine by the values of a YAML file; what is null stays null.
+
+    A path that is only read stays, too, where it leads to something and that of the YAML file does not.
+    """
+    given = read_layers(file, {}, ()).get(section, {}) if file.is_file() else {}
+    for key, field in schema.model_fields.items():
+        stored, marks = tree[section].get(key), _marks(field)
+        if Mark.OF_MACHINE not in marks or stored is None:
+            continue
+        here = given.get(key)
+        there = isinstance(here, str) and Path(locate(here, str(file))).exists()
+        if Mark.READ in marks and not there and isinstance(stored, str) and Path(stored).exists():
+            continue
+        tree[section][key] = here if key in given or Mark.READ not in marks else _NOT_TAKEN
+        origins[f"{section}.{key}"] = str(file)
+    for key, value in tree[section].items():
+        for name in value if isinstance(value, list) else []:
+            if isinstance(name, str) and (Path(name).is_absolute() or ".." in Path(name).parts):
+                raise UserError(f"{section}.{key} of a checkpoint names {name!r}, which may lie anywhere; refused")
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -207,7 +335,7 @@ def load_section(path: str | Path, name: str, schema: type[SectionT], overrides:
         UserError: As `load_config`.
     """
     origins: dict[str, str] = {}
-    tree = _apply_overrides(_read_layers(Path(path), origins, ()), origins, overrides)
+    tree = apply_overrides(read_layers(Path(path), origins, ()), origins, overrides)
     errors = [f"{key}: unknown section beside {name}{_place(key, origins)}" for key in tree if key != name]
     section = _validate(schema, tree.get(name, {}), name, origins, errors)
     if errors:
@@ -232,7 +360,7 @@ def load_dataset(path: str | Path, overrides: list[str]) -> Any:
     if others:
         raise UserError(f"{others[0]!r} on the command line: only dataset.key=value has a meaning here; leave it out")
     origins: dict[str, str] = {}
-    tree = _apply_overrides(_read_layers(Path(path), origins, ()), origins, overrides)
+    tree = apply_overrides(read_layers(Path(path), origins, ()), origins, overrides)
     errors: list[str] = []
     section = _check_section("dataset", tree.get("dataset", {}), origins, errors)
     if errors:
@@ -242,7 +370,23 @@ def load_dataset(path: str | Path, overrides: list[str]) -> Any:
 
 def has_section(path: str | Path, name: str) -> bool:
     """Whether a YAML file, or a parent of it, has a section of that name."""
-    return name in _read_layers(Path(path), {}, ())
+    return name in read_layers(Path(path), {}, ())
+
+
+def _wrong_sections(tree: Tree, origins: Mapping[str, str]) -> list[str]:
+    """One line for every section that is unknown, missing, or no mapping."""
+    errors = [
+        f"{key}: unknown section{near_names(key, list(SECTIONS))}{_place(key, origins)}"
+        for key in tree
+        if key not in SECTIONS
+    ]
+    for section in SECTIONS:
+        if not isinstance(tree.get(section), dict):
+            missing = "is missing" if section not in tree else "must be a mapping of keys to values"
+            errors.append(
+                f"{section}: this section {missing}; configs/base.yaml and configs/MITH/config.yaml show its form"
+            )
+    return errors
 
 
 def _joined(errors: list[str]) -> str:
@@ -288,7 +432,7 @@ def _registered(get: Callable[[str], Any], name: str, place: str, origins: Mappi
 
 def _validate(schema: type[Section], value: Tree, place: str, origins: Mapping[str, str], errors: list[str]) -> Any:
     try:
-        return schema.model_validate(value)
+        return schema.model_validate(_found(schema, value, place, origins))
     except ValidationError as error:
         wanted: dict[str, list[str]] = {}  # what a value should be; of a union, every member says so
         given: dict[str, Any] = {}
@@ -309,6 +453,58 @@ def _validate(schema: type[Section], value: Tree, place: str, origins: Mapping[s
         return None
 
 
+def _found(schema: type[Section], value: Tree, place: str, origins: Mapping[str, str]) -> Tree:
+    """The section with the paths that are read as they are found from the working directory."""
+    found = dict(value)
+    for key, field in schema.model_fields.items():
+        if Mark.READ in _marks(field):
+            origin, given = origins.get(f"{place}.{key}", COMMAND_LINE), found.get(key)
+            if isinstance(given, str):
+                found[key] = locate(given, origin)
+            elif isinstance(given, list):
+                found[key] = [locate(path, origin) if isinstance(path, str) else path for path in given]
+    return found
+
+
+def _places(section: Section) -> list[str]:
+    """The settings of a section that belong to the machine and are not null."""
+    fields = type(section).model_fields.items()
+    return [key for key, field in fields if Mark.OF_MACHINE in _marks(field) and getattr(section, key) is not None]
+
+
+def _marks(field: FieldInfo) -> list[Any]:
+    """Metadata of a field's annotation, also of the one beside None."""
+    inner = [part for part in get_args(field.annotation) if get_origin(part) is Annotated]
+    return [*field.metadata, *(mark for part in inner for mark in get_args(part)[1:])]
+
+
+def locate(path: str, origin: str) -> str:
+    """A path that a setting names, as it is found from the working directory.
+
+    Args:
+        path: As it was written.
+        origin: The YAML file that names it, or the command line.
+
+    Returns:
+        Of a relative path in a YAML file, the first that is there: beside the file, in the repository, in the working
+        directory. If none is: for the repository's own files, where it would be in the repository; else as written.
+    """
+    if Path(path).is_absolute() or origin == COMMAND_LINE:
+        return path
+    file = Path(origin).resolve()
+    for folder in (file.parent, ROOT, Path.cwd()):
+        if (folder / path).exists():
+            return _short(folder / path)
+    own = file.is_relative_to(ROOT / "configs") and (ROOT / Path(path).parts[0]).is_dir()
+    return _short(ROOT / path) if own else path
+
+
+def _short(path: Path) -> str:
+    """A path relative to the working directory where it lies in there."""
+    path, here = Path(os.path.normpath(path)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def _is_union_tag(part: int | str, item: Mapping[str, Any]) -> bool:
     """Pydantic names the member of a union it tried (`int`, `constrained-str`, `literal[...]`) as if it were a key."""
     return (
@@ -326,152 +522,3 @@ def _place(key: str, origins: Mapping[str, str]) -> str:
                 return f" ({origin})"
         key = key.rpartition(".")[0]
     return ""
-
-
-# ---------------------------------------------------------------------------------------------- YAML layers
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars (1e-5 is a number, `no` is a word), no key twice, no node inside itself."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.deep_construct = True  # whole nodes at once, so that one that refers to itself is noticed
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=mark)
-        return cast(dict[Any, Any], super().construct_mapping(node, deep))
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"^(true|false)$", "tf"),
-    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
-    ("float", r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", "-+.0123456789"),
-    ("null", r"^(null|~|)$", ["n", "~", ""]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
-
-
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    value = int(loader.construct_scalar(node))  # YAML 1.1 would read 010 as eight
-    if value.bit_length() > 63:
-        raise yaml.MarkedYAMLError(problem=f"{value} does not fit into 64 bits", problem_mark=node.start_mark)
-    return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
-def read_yaml(text: str, source: str) -> Any:
-    """Parses one YAML document.
-
-    Raises:
-        UserError: On a syntax error or a key that stands twice, with line and column.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}{where}: not valid YAML: {error.problem or error.context}") from None
-    except RecursionError:
-        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _read_layers(path: Path, origins: dict[str, str], below: tuple[Path, ...]) -> Tree:
-    """The tree of a file merged over its parents; fills `origins`."""
-    if path.resolve() in below:
-        raise UserError(f"{path}: its `base:` leads back to itself; remove one of the references")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        asked_by = (
-            f", named in `base:` of {below[-1]}"
-            if below
-            else "; --config-file names a YAML file such as configs/MITH/config.yaml"
-        )
-        raise UserError(f"config file {path} cannot be read ({error.strerror}){asked_by}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"config file {path} is not UTF-8 text; save it as UTF-8") from None
-    tree = read_yaml(text, str(path))
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in _keys(tree)):
-        raise UserError(f"{path}: must be a mapping of words to values, with the sections {', '.join(SECTIONS)}")
-    parents = tree.pop("base", [])
-    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise UserError(f"{path}: `base` must be a list of paths, e.g. base: [../base.yaml], not {parents!r}")
-    merged: Tree = {}
-    for parent in parents:
-        _merge(merged, _read_layers(Path(os.path.normpath(path.parent / parent)), origins, (*below, path.resolve())))
-    for key in _leaves(tree):
-        for old in [o for o in origins if key.startswith(o + ".") or o.startswith(key + ".")]:
-            del origins[old]
-        origins[key] = str(path)
-    _merge(merged, tree)
-    return merged
-
-
-def _apply_overrides(tree: Tree, origins: dict[str, str], overrides: list[str]) -> Tree:
-    merged: Tree = {}
-    _merge(merged, tree)
-    for entry in overrides:
-        key, equals, text = entry.partition("=")
-        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", key):
-            raise UserError(
-                f"{entry!r} on the command line: overrides have the form section.key=value, e.g. model.bits=64"
-            )
-        value = read_yaml(text, f"{entry!r} on the command line")
-        layer: Tree = {}
-        node = layer
-        *path, last = key.split(".")
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-        _merge(merged, layer)
-        for old in [o for o in origins if o.startswith(key + ".")]:
-            del origins[old]
-        origins[key] = "command line"
-    return merged
-
-
-def _merge(into: Tree, layer: Tree) -> None:
-    """Merges `layer` over `into`: mappings merge, everything else replaces. `layer` is not aliased."""
-    for key, value in layer.items():
-        if isinstance(value, dict):
-            if not isinstance(into.get(key), dict):
-                into[key] = {}
-            _merge(into[key], value)
-        else:
-            into[key] = list(value) if isinstance(value, list) else value
-
-
-def _keys(tree: Tree) -> Iterator[Any]:
-    for key, value in tree.items():
-        yield key
-        if isinstance(value, dict):
-            yield from _keys(value)
-
-
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def flatten(tree: Tree) -> dict[str, Any]:
-    """Nested dict -> `{"section.key": value}`, in order."""
-    flat: dict[str, Any] = {}
-    for key in _leaves(tree):
-        node: Any = tree
-        for part in key.split("."):
-            node = node[part]
-        flat[key] = node
-    return flat

@@ -5,13 +5,17 @@ A decorator is the one registration:
     @MODELS.register("MITH")
     class MITH(HashingModel): ...
 
-The flat package of a registry is imported at the first miss, so a new method is one new file and no edited one.
+A module of the registry's flat package is imported when its name is first asked for, so a new method is one new file
+and no edited one.
 """
 
+import ast
 import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from common.errors import UserError
@@ -83,15 +87,13 @@ class Registry(Generic[T]):
         Raises:
             UserError: If there is none; lists near names, all names, and modules that could not be imported.
         """
+        if name not in self._classes and name in self._sources:
+            self._import(self._sources[name][0])  # alone: the others may need packages that load for seconds
         if name not in self._classes:
             self._scan()
         if name not in self._classes:
-            known = self.names()
-            near = near_names(name, known)
             failed = "".join(f"; {module} could not be imported: {why}" for module, why in self._failed.items())
-            raise UserError(
-                f"unknown {self.kind} {name!r}{near or ';'} {'R' if near else 'r'}egistered: {', '.join(known)}{failed}"
-            )
+            raise self._unknown(name, self.names(), failed)
         return self._classes[name]
 
     def folder(self, name: str) -> str:
@@ -108,6 +110,54 @@ class Registry(Generic[T]):
         self._scan()
         return sorted(self._classes, key=lambda name: (name.casefold(), name))
 
+    def described(self) -> dict[str, str]:
+        """Every registered name with the first line of its documentation, sorted; nothing is imported."""
+        found = {name: doc for name, (_, doc) in self._sources.items()}
+        found |= {name: (getattr(cls, "__doc__", None) or "").split("\n")[0] for name, cls in self._classes.items()}
+        return dict(sorted(found.items(), key=lambda item: (item[0].casefold(), item[0])))
+
+    def require_described(self, name: str) -> None:
+        """Refuses a name that `described` does not know.
+
+        Raises:
+            UserError: As `get`, without importing anything.
+        """
+        known = list(self.described())
+        if name not in known:
+            raise self._unknown(name, known)
+
+    def _unknown(self, name: str, known: list[str], failed: str = "") -> UserError:
+        near = near_names(name, known)
+        return UserError(
+            f"unknown {self.kind} {name!r}{near or ';'} {'R' if near else 'r'}egistered: {', '.join(known)}{failed}"
+        )
+
+    @cached_property
+    def _sources(self) -> dict[str, tuple[str, str]]:
+        """Name -> the module of the package that registers it, and the first line of the class's documentation.
+
+        Read from the source, since a list of names should not wait for torch: a decorator with a literal name, such as
+        `@MODELS.register("MITH")`, is the registration.
+        """
+        found: dict[str, tuple[str, str]] = {}
+        for path in sorted(Path(__file__).parent.parent.joinpath(*self.package.split(".")).glob("*.py")):
+            module = f"{self.package}.{path.stem}"
+            try:
+                body = ast.parse(path.read_bytes()).body
+            except (SyntaxError, ValueError) as error:  # one broken sibling must not hide the others
+                self._failed[module] = f"{type(error).__name__}: {error}"
+                continue
+            for node in body:
+                if not isinstance(node, ast.ClassDef):
+                    continue
+                for call in node.decorator_list:
+                    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
+                        name = call.args[0]
+                        ours = call.func.attr == "register" and globals().get(ast.unparse(call.func.value)) is self
+                        if ours and isinstance(name, ast.Constant):
+                            found[str(name.value)] = module, (ast.get_docstring(node) or "").split("\n")[0]
+        return found
+
     @property
     def failed(self) -> dict[str, str]:
         """Modules of the package that could not be imported, and why."""
@@ -119,12 +169,16 @@ class Registry(Generic[T]):
         self._scanned = True
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
-            try:
-                importlib.import_module(module.name)
-            except UserError:
-                raise
-            except Exception as error:  # one broken sibling must not hide the others
-                self._failed[module.name] = f"{type(error).__name__}: {error}"
+            self._import(module.name)
+
+    def _import(self, module: str) -> None:
+        """Imports a module of the package; remembers why it could not be, since it must not hide its siblings."""
+        try:
+            importlib.import_module(module)
+        except UserError:
+            raise
+        except Exception as error:
+            self._failed[module] = f"{type(error).__name__}: {error}"
 
 
 MODELS: Registry[Any] = Registry("model", "models")

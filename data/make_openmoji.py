@@ -37,8 +37,8 @@ from PIL import Image
 if not __package__:  # run as a script: the packages of the repository stand one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import read_yaml
 from common.errors import UserError
+from common.yaml_layers import read_yaml
 from data.mat_files import string_cells, string_rows, write_mat
 from utils.files import FolderLock, make_folder, write_json, write_text
 from utils.progress import progress

@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from common.config import DatasetConfig, Section
+from common.config import DatasetConfig, Mark, Section
 from common.errors import UserError
 from dataset.columns import CaptionColumn, Column, MatrixColumn, PictureColumn, WordColumn
 from dataset.pictures.reading import Pictures
@@ -57,12 +57,14 @@ class PairedConfig(DatasetConfig):
     """The part of the `dataset:` section that every data set of pictures and texts has."""
 
     split: SplitConfig
-    image_size: int = Field(gt=0)  # R, pixels of the square input; must be the backbone's
+    image_size: int = Field(gt=0, le=4096)  # R, pixels of the square input; must be the backbone's
     augment: bool  # training pictures: false = shorter side to R, centre crop; true = random flip and resized crop
-    stored_size: int = Field(gt=0)  # pixels: shorter side in the cache; side at which `loader: memory` holds pictures
-    cache: str | None  # folder of the picture cache: pictures decoded once, scaled down, in one file; null = none
-    text_length: int = Field(ge=2)  # L, tokens of a text with start, end and padding
-    vocabulary: int = Field(gt=0)  # V, words of `bag_of_words`, for the methods that read it
+    # pixels: shorter side in the cache; side at which `loader: memory` holds pictures
+    stored_size: int = Field(gt=0, le=16384)
+    # folder of the picture cache: pictures decoded once, scaled down, in one file; null = none
+    cache: Annotated[str, Mark.OF_MACHINE] | None
+    text_length: int = Field(ge=2, le=4096)  # L, tokens of a text with start, end and padding
+    vocabulary: int = Field(gt=0, le=10_000_000)  # V, words of `bag_of_words`, for the methods that read it
 
 
 @dataclass(frozen=True)

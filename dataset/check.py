@@ -24,7 +24,7 @@ from dataset.mat import MatConfig
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_lines
 from utils.files import atomic, make_folder
-from utils.logging import say, table
+from utils.output import say, table
 from utils.progress import progress
 from utils.threads import in_threads
 

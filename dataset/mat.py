@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from common.config import DataPath
 from common.errors import UserError
 from common.registry import DATASETS
 from dataset.base import Contents, PairedConfig, PairedDataset, Split
@@ -39,16 +40,16 @@ COUNTERPART_SOURCE = "source.json"  # what data/make_generated_images.py notes b
 class MatConfig(PairedConfig):
     """`dataset:` section of a data set in .mat files. Of several file names the first that exists is read."""
 
-    root: str  # folder of the files
-    image_root: str | None  # folder that the paths in the index start from; null = root
+    root: DataPath  # folder of the files
+    image_root: DataPath | None  # folder that the paths in the index start from; null = root
     index: list[str] = Field(min_length=1)  # picture paths, or the pictures themselves
     captions: list[str] = Field(min_length=1)  # .mat, or .txt with one caption a line; or word vectors
     labels: list[str] = Field(min_length=1)
     image_captions: list[str]  # optional: sentences that describe the pictures; .mat, .txt, or .jsonl
     query_counterpart: Literal["generated", "text_only", "paired"]  # what stands in for a text query's picture
     database_counterpart: Literal["paired", "text_only"]  # whether database texts go with their own picture
-    counterpart_images: str | None  # generated: folder with 1.png, 2.png, ... in the order of the query split
-    counterpart_captions: str | None  # generated: text file with a caption of each of them, one a line
+    counterpart_images: DataPath | None  # generated: folder with 1.png, 2.png, ... in the order of the query split
+    counterpart_captions: DataPath | None  # generated: text file with a caption of each of them, one a line
 
 
 @DATASETS.register("mat")

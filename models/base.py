@@ -7,13 +7,13 @@ C classes, K bits, L tokens, E embedding width.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Section
+from common.config import Mark, Section
 from common.errors import UserError
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.clip.towers import CLIP
@@ -23,13 +23,14 @@ class ModelConfig(Section):
     """The part of the YAML's `model:` section that every method has."""
 
     name: str  # registered name of the method
-    bits: int = Field(gt=0)  # K, length of a code
+    bits: int = Field(gt=0, le=65536)  # K, length of a code
 
 
 class ClipModelConfig(ModelConfig):
     """`model:` section of a method on CLIP; the run opens the backbone that it names."""
 
-    backbone: str  # ViT-B/32 | ViT-B/16 | ViT-L/14, a weight file, or the config of a run that trains one
+    # ViT-B/32 | ViT-B/16 | ViT-L/14, a weight file, or the config of a run that trains one
+    backbone: Annotated[str, Mark.READ]
 
 
 ParamGroups = dict[str, dict[str, list[nn.Parameter]]]

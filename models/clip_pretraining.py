@@ -27,8 +27,8 @@ from models.blocks.heads import sign_codes
 from models.clip.towers import CLIP
 from utils.distributed import gather_rows
 
-Width = Annotated[int, Field(gt=0, multiple_of=64)]
-Count = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, le=65536, multiple_of=64)]
+Count = Annotated[int, Field(gt=0, le=1_000_000)]
 
 
 @MODELS.register("CLIP")

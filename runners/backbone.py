@@ -6,10 +6,11 @@ import logging
 import shutil
 from pathlib import Path
 
-from common.config import FREE_KEYS, Config, build_config, flatten, load_config
+from common.config import FREE_KEYS, Config, build_config, load_config
 from common.errors import UserError
 from common.registry import RUNNERS
 from common.types import Backbone
+from common.yaml_layers import flatten
 from models.clip.weights import is_config, open_backbone, read_clip, write_clip
 from models.clip_pretraining import export_clip
 from utils.distributed import barrier, from_main, is_main
@@ -57,7 +58,10 @@ def _trained_backbone(name: str, config: Config) -> Backbone:
     if lock is not None:
         lock.release()
     barrier()
-    return read_clip(weights)
+    try:
+        return read_clip(weights)
+    except UserError as error:
+        raise UserError(f"{error}; remove {folder}, and the backbone is trained anew") from None
 
 
 def _recipe(name: str, config: Config) -> Config:
@@ -69,7 +73,8 @@ def _recipe(name: str, config: Config) -> Config:
     if tree["dataset"]["name"] == config.dataset.name:  # the queries of the run must stay unseen
         tree = {**tree, "dataset": config.tree["dataset"]}
     places = {key: getattr(config.run, key) for key in ("device", "distribute", "cache_dir")}
-    return build_config({**tree, "run": {**tree["run"], **places}}, recipe.origins)
+    origins = {**recipe.origins, **{key: file for key, file in config.origins.items() if key.startswith("dataset.")}}
+    return build_config({**tree, "run": {**tree["run"], **places}}, origins)
 
 
 def _cache_folder(recipe: Config, config: Config) -> Path:

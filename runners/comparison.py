@@ -14,7 +14,7 @@ import torch
 from common.metrics import RetrievalCurves, retrieval_curves
 from runners.evaluation import DIRECTIONS
 from utils.files import write_text
-from utils.logging import table
+from utils.output import table
 from utils.plots import plot_precision_at, plot_precision_recall, plot_training_loss, read_training_log
 
 TASKS = {"i2t": "I→T", "t2i": "T→I"}

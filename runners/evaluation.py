@@ -20,7 +20,7 @@ from runners.setup import ENCODED_SPLITS, autocast, build_model, make_loader, op
 from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json
 from utils.launch import pick_device
-from utils.logging import say
+from utils.output import say
 from utils.progress import progress
 
 DIRECTIONS = {"i2t": ("image", "text"), "t2i": ("text", "image"), "i2i": ("image", "image"), "t2t": ("text", "text")}

@@ -6,7 +6,7 @@ from common.config import Config
 from common.metrics import random_map
 from dataset.base import PairedDataset
 from models.base import HashingModel
-from utils.logging import table
+from utils.output import table
 
 Reports = dict[str, dict[str, float]]
 SELECTION = "largest i2t + t2i on the query split (the field's habit: there is no validation split)"

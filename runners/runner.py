@@ -35,7 +35,8 @@ from runners.setup import (
 from utils.distributed import any_process, barrier, data_parallel, is_main
 from utils.files import write_json, write_text
 from utils.launch import pick_device
-from utils.logging import Record, say
+from utils.logging import Record
+from utils.output import say
 from utils.progress import progress
 from utils.seeding import seed_torch
 from utils.signals import Interrupted, StopRequest

@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.checkpoint import Checkpoint, Checkpoints, load, require_same
-from common.config import FREE_KEYS, Config, flatten
+from common.config import CHECKPOINT, FREE_KEYS, Config
 from common.errors import UserError
 from common.registry import DATASETS, MODELS
+from common.tensor_files import Tensors, require_finite, unwrapped
 from common.types import Backbone, DataInfo
+from common.yaml_layers import flatten
 from dataset.base import PairedDataset, Split
 from dataset.columns import CaptionColumn
 from dataset.loader import Loader, build_loader
 from dataset.texts.tokenizer import END_OF_TEXT
 from models.base import ClipModelConfig, HashingModel
+from models.clip.formats import shape_of
 from models.clip.towers import CLIP
-from models.clip.weights import shape_of
 from runners.backbone import find_backbone
 from utils.distributed import barrier, from_main, is_main, rank
 from utils.files import FolderLock, make_folder
@@ -60,7 +61,7 @@ def open_dataset(config: Config) -> PairedDataset:
         UserError: If files are missing, broken or do not agree.
     """
     cls: type[PairedDataset] = DATASETS.get(config.dataset.type)
-    if is_main():
+    if is_main() and config.origins.get("dataset.root") != CHECKPOINT:  # nothing is made where a checkpoint says
         cls.ensure(config.dataset)
     barrier()
     dataset = cls(config.dataset)
@@ -112,6 +113,10 @@ def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) 
         {key: value for key, value in theirs.items() if key not in FREE_KEYS},
         f"checkpoint {loaded.path}",
     )
+    for name, optimizer in loaded.optimizers.items():
+        for number, entries in optimizer["state"].items():
+            numbers = {f"{name}.{number}.{key}": value for key, value in entries.items() if torch.is_tensor(value)}
+            require_finite(numbers, f"checkpoint {loaded.path}")
     if loaded.meta["split"] != dataset.splits.fingerprint:
         raise UserError(
             f"checkpoint {loaded.path} was trained on split {loaded.meta['split']}, but the files of "
@@ -139,32 +144,37 @@ def build_model(
         dataset.require("train", cls.fields - cls.optional_fields)
     for split in ENCODED_SPLITS:
         dataset.require(split, (cls.image_fields | cls.text_fields) - (cls.optional_fields - dataset.promised(split)))
-    state: dict[str, Tensor] = {}
+    states: dict[str, Tensors] = {}  # what stands before the names -> the model that the checkpoint may hold there
     if loaded is not None:
-        state = loaded.model if loaded.is_ours else cls.import_reference(loaded.model)
+        inside = {"": loaded.model} if loaded.is_ours else unwrapped(loaded.model)
+        states = {prefix: value if loaded.is_ours else cls.import_reference(value) for prefix, value in inside.items()}
         theirs = loaded.meta["config"]["model"]["name"] if loaded.is_ours else config.model.name
         if theirs != config.model.name:
             raise UserError(
                 f"checkpoint {loaded.path} is of {theirs}, not of {config.model.name}; give a config of {theirs}"
             )
-    data = _data_info(cls, config, dataset, state)
+    data = _data_info(cls, config, dataset, list(states.values()))
     seed_torch(config.run.seed)  # here: finding the backbone may have trained one
     model = cls(config.model, data)
     if loaded is None or not loaded.is_ours:
         model.prepare(data)
     if loaded is not None:
-        _load(model, state, loaded)
+        _load(model, states, loaded)
     return model.to(device)
 
 
-def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, state: dict[str, Tensor]) -> DataInfo:
+def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, states: list[Tensors]) -> DataInfo:
     """What the model may know before the first batch; labels only if it names them."""
     fields = cls.fields | cls.image_fields | cls.text_fields
     backbone = None
     if isinstance(config.model, ClipModelConfig):
         prefix = "backbone."
-        towers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        backbone = Backbone(shape_of(towers), None, "the checkpoint") if towers else find_backbone(config)
+        found = (
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            for state in states
+        )
+        towers = next((inside for inside in found if inside), None)
+        backbone = find_backbone(config) if towers is None else Backbone(shape_of(towers), None, "the checkpoint")
         _check_sizes(backbone, dataset, config)
     return DataInfo(
         num_train=len(dataset.splits.train),
@@ -197,30 +207,39 @@ def _check_sizes(backbone: Backbone, dataset: PairedDataset, config: Config) -> 
         )
 
 
-def _load(model: HashingModel, state: dict[str, Tensor], loaded: Checkpoint) -> None:
+def _load(model: HashingModel, states: dict[str, Tensors], loaded: Checkpoint) -> None:
     """Copies a state into the model; every entry must fit, and none may be missing that codes depend on.
 
-    A reference checkpoint's entry that codes do not depend on may have another shape; it counts as missing.
+    Of the models that the checkpoint may hold, the one with the most names of this one. A reference checkpoint's entry
+    that codes do not depend on may have another shape; it counts as missing.
     """
     own = model.state_dict()
+    fitting = {prefix: len(own.keys() & state.keys()) for prefix, state in states.items()}
+    prefix = max(fitting, key=lambda prefix: fitting[prefix])  # the first of equals, with the shortest prefix
+    state = states[prefix]
+    rivals = [other for other, count in fitting.items() if other != prefix and count == fitting[prefix] > 0]
+    if any(not _same(state, states[rival]) for rival in rivals):
+        raise UserError(
+            f"checkpoint {loaded.path} holds several models that fit, under {prefix!r} and {rivals[0]!r}; save one"
+        )
     if not loaded.is_ours:
         state = {
             name: value
             for name, value in state.items()
             if name not in own or value.shape == own[name].shape or not model.may_be_absent(name)
         }
-    unknown = sorted(state.keys() - own.keys())
-    missing = sorted(own.keys() - state.keys())
+    unknown = [name for name in state if name not in own]
+    missing = [name for name in own if name not in state]
     if not loaded.is_ours:
         missing = [name for name in missing if not model.may_be_absent(name)]
     shapes = [
         f"{name}: {tuple(state[name].shape)} there, {tuple(own[name].shape)} here"
-        for name in sorted(own.keys() & state.keys())
-        if state[name].shape != own[name].shape
+        for name in own
+        if name in state and state[name].shape != own[name].shape
     ]
     if unknown or missing or shapes:
         what = [
-            f"{len(names)} {kind} (first: {names[0]})"
+            f"{len(names)} {kind} (first: {', '.join(names[:3])})"
             for kind, names in (("entries missing", missing), ("unknown entries", unknown), ("other shapes", shapes))
             if names
         ]
@@ -228,7 +247,15 @@ def _load(model: HashingModel, state: dict[str, Tensor], loaded: Checkpoint) -> 
             f"checkpoint {loaded.path} does not fit {type(model).__name__} with {model.bits} bits: {'; '.join(what)}; "
             "give the method, model.bits and the variant that it was trained with"
         )
+    if prefix:
+        logger.info("%s: took the model under %r, %d entries", loaded.path, prefix, len(state))
+    require_finite(state, f"checkpoint {loaded.path}")
     model.load_state_dict(state, strict=False)
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    """Whether two states hold equal tensors under equal names."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def check_groups(model: HashingModel) -> None:

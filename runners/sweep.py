@@ -12,12 +12,13 @@ from typing import Annotated
 from pydantic import Field
 
 from common.checkpoint import require_same
-from common.config import FREE_KEYS, Config, Section, flatten, load_config, load_section
+from common.config import FREE_KEYS, Config, Mark, Section, load_config, load_section
 from common.errors import UserError
 from common.registry import RUNNERS
+from common.yaml_layers import flatten
 from runners.comparison import RunFolder, write_summary
 from utils.distributed import barrier, is_main
-from utils.logging import say
+from utils.output import say
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 class SweepConfig(Section):
     """`sweep:` section."""
 
-    configs: list[str] = Field(min_length=1)  # the YAML of every method
+    configs: Annotated[list[str], Field(min_length=1), Mark.READ]  # the YAML of every method
     bits: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)  # model.bits
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # run.seed
     save_dir: str  # folder of the runs, the table and the curves

@@ -24,8 +24,8 @@ from common.optim import BertAdam, build_optimizers, scheduled_factor
 from common.similarity import hamming_distance
 from common.types import Progress
 from dataset.texts.tokenizer import tokenize
+from models.clip.formats import NOT_WEIGHTS, shape_of
 from models.clip.towers import CLIP
-from models.clip.weights import NOT_WEIGHTS, shape_of
 from tests.parity_cases import open_case
 from tests.parity_cases.base import MethodCase
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from common.checkpoint import FORMAT, Checkpoints, load, require_same, save
 from common.errors import UserError
+from common.tensor_files import unwrapped
 
 
 class Evil:
@@ -73,13 +75,53 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("what", ["bomb", "expanded", "sparse", "meta", "laughs", "deep", "pipe"])
+def test_files_that_claim_more_than_they_hold(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "file.pt"
+    small = torch.ones(4)
+    contents: dict[str, object] = {
+        "expanded": {"w": small[:1].expand(10**9)},
+        "sparse": {"w": torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), [1.0], (10**9,))},
+        "meta": {"w": torch.empty(10**9, device="meta")},
+    }
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what in ("laughs", "deep"):
+        node: dict[str, object] = {"w": small}
+        for _ in range(100 if what == "deep" else 40):
+            node = {"a": node} if what == "deep" else {"a": node, "b": node}
+        torch.save(node, path)
+    else:
+        torch.save(contents.get(what, {"w": torch.zeros(50_000_000)}), path)
+    if what == "bomb":  # the same entries, compressed: 200 MB in 0.2 MB
+        with (
+            zipfile.ZipFile(path) as stored,
+            zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            for entry in stored.namelist():
+                packed.writestr(entry, stored.read(entry))
+        path = tmp_path / "bomb.pt"
+    with pytest.raises(UserError, match=r"(file|bomb)\.pt") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_scripts_put_around_a_model_is_stripped() -> None:
+    w, m = torch.ones(1), torch.zeros(1)
+    file = {"epoch": m, "optimizer.state.0.exp_avg": m, "model.module._orig_mod.head._orig_mod.w": w, "ema.head.w": m}
+    inside = unwrapped(file)
+    assert list(inside) == ["", "model.", "model.module.", "model.module._orig_mod."]
+    assert inside["model.module._orig_mod."] == {"head.w": w}
+    assert list(unwrapped({"head.model.w": w})) == [""]  # a word inside of a name is the model's own
+
+
 def test_missing_and_empty_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not there"):
         load(tmp_path / "no.pt")
     torch.save({"epoch": 3}, tmp_path / "plain.pt")
     with pytest.raises(UserError, match="no tensors"):
         load(tmp_path / "plain.pt")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="no regular file"):
         load(tmp_path)
 
 
@@ -113,7 +155,7 @@ def test_if_all_are_damaged_nothing_begins_anew(tmp_path: Path, caplog: pytest.L
     for step in (6, 8):
         kept.save(step, {"step": step}, {"w": torch.zeros(3)}, {"main": {"state": {}}})
         kept.path_of(step).write_bytes(b"")
-    with pytest.raises(UserError, match=r"step-00000006\.pt .*the last of 2 in .* remove the folder of the run"):
+    with pytest.raises(UserError, match=r"step-00000006\.pt: .*the last of 2 in .* remove the folder of the run"):
         kept.newest()
     assert "step-00000008.pt" in caplog.text
 

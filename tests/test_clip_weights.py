@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 import models.clip.weights as clip_weights
 from common.errors import UserError
+from common.tensor_files import checksum
 from common.types import ClipShape
+from models.clip.formats import shape_of
 from models.clip.towers import CLIP
-from models.clip.weights import is_config, open_backbone, read_clip, shape_of, write_clip
+from models.clip.weights import is_config, open_backbone, read_clip, write_clip
 
 SHAPE = ClipShape(
     embed_dim=32,
@@ -154,8 +156,13 @@ def test_own_safetensors_round_trip_with_metadata(tmp_path: Path, state: State) 
     write_clip(path, state, {"trained_on": "openmoji"})
     read_equal(path, state, "safetensors, OpenAI names")
     with safetensors.safe_open(path, framework="pt") as opened:
-        assert opened.metadata() == {"activation": "quick_gelu", "trained_on": "openmoji"}
+        metadata = opened.metadata()
+    assert metadata == {"activation": "quick_gelu", "trained_on": "openmoji", "checksum": checksum(state)}
     assert [entry.name for entry in tmp_path.iterdir()] == ["clip.safetensors"]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # a bit of the last tensor
+    path.write_bytes(content)
+    refuse(path, "the checksum differs")
 
 
 def test_says_what_it_read(tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture) -> None:
@@ -313,7 +320,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         refuse(tmp_path / name, "not a weight file")
     refuse(tmp_path / "nowhere.pt", "cannot be read (No such file or directory)")
-    refuse(tmp_path, "cannot be read (Is a directory)")
+    refuse(tmp_path, "no regular file")
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("a.txt", "a")
     refuse(tmp_path / "photos.zip", "truncated or damaged")

@@ -1,13 +1,15 @@
 """Configuration: layers, origins, overrides, and every error a user can make."""
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
-from common.config import SECTIONS, flatten, load_config, read_yaml
+from common.config import SECTIONS, load_config
 from common.errors import UserError
 from common.registry import MODELS
+from common.yaml_layers import flatten, read_yaml
 
 ROOT = Path(__file__).parent.parent
 MITH = ROOT / "configs" / "MITH" / "config.yaml"
@@ -175,3 +177,44 @@ def test_run_folder_fills_placeholders_and_refuses_others() -> None:
     for text in ("{bots}", "{model.name}", "{bits[0]}", "{0}", "{", "{bits:zz}"):
         with pytest.raises(UserError, match="placeholder"):
             _ = load_config(MITH, [f"run.save_dir='result/{text}'"]).run_folder
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1, y: 2}\n"
+        + "".join(
+            f"{n}: &{n} {{l: *{p}, r: *{p}}}\n"
+            for p, n in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu", strict=True)
+        ),
+        "a: &a {x: 1}\nb: {? !!merge << : [*a, *a]}\n",
+        "a: " + "[" * 50 + "]" * 50,
+        "a: " + "7" * 5000,
+        'a: "x\\0y"',
+        'a: "\\ud800"',
+        "a: " + "x" * 300_000,
+    ],
+    ids=["laughs", "merge key", "deep", "long number", "NUL", "surrogate", "long file"],
+)
+def test_yaml_that_no_setting_needs(text: str) -> None:
+    try:
+        read_yaml(text, "a test")
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 300
+    else:
+        assert "merge" in text  # read as a word, not merged
+
+
+@pytest.mark.parametrize(
+    "folder", ["{model.__class__.__mro__}", "{model!r}", "{model:>9}", "{0}", "{}", "{other}", "{"]
+)
+def test_a_folder_has_bare_placeholders_only(folder: str) -> None:
+    with pytest.raises(UserError, match="may hold no placeholder but {model}, {dataset}, {bits}, {seed}"):
+        load_config(ROOT / "configs/MITH/config.yaml", [f"run.save_dir='{folder}'"])
+    assert load_config(ROOT / "configs/MITH/config.yaml", ["run.save_dir='a{{b}}'"]).run_folder == Path("a{b}")
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match="no regular file"):
+        load_config(tmp_path / "pipe.yaml")

@@ -194,13 +194,13 @@ def test_reference_layouts(tmp_path: Path, layout: str) -> None:
         del renamed["proxies.vectors"]  # the authors never save them
     imported = DNPH.import_reference(renamed)
     assert imported.keys() <= source.state_dict().keys()
-    _load(model, imported, Checkpoint({}, renamed, path=Path("unified.pth")))
+    _load(model, {"": imported}, Checkpoint({}, renamed, path=Path("unified.pth")))
     model.eval(), source.eval()
     with torch.no_grad():
         assert torch.equal(model.encode_image(rows_of()), source.encode_image(rows_of()))
     other = small(tmp_path, bits=32)
     with pytest.raises(UserError, match="does not fit DNPH with 32 bits"):
-        _load(other, imported, Checkpoint({}, renamed, path=Path("unified.pth")))
+        _load(other, {"": imported}, Checkpoint({}, renamed, path=Path("unified.pth")))
 
 
 def test_the_name_is_taken_for_the_other_method_too() -> None:

@@ -10,10 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from common.config import read_yaml
 from common.errors import UserError
 from common.optim import SGD
 from common.types import Batch, Progress
+from common.yaml_layers import read_yaml
 from models.blocks.heads import TanhHead
 from models.blocks.proxies import ClassProxies
 from models.dsph import (

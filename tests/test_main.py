@@ -1,5 +1,6 @@
 """The command line: what it shows, a method from outside, and every mistake of a user as one line."""
 
+import json
 import os
 import pickle
 import shutil
@@ -17,9 +18,10 @@ import scipy.io
 import torch
 from PIL import Image
 
+from common.config import load_config
 from common.errors import UserError
-from main import import_file
-from tests.commands import ROOT, finish, refused, run, start
+from runners.commands import import_file
+from tests.commands import MAIN, ROOT, finish, refused, run, start
 from utils.files import FolderLock
 
 MITH = ["--config-file", str(ROOT / "configs/MITH/coco.yaml")]
@@ -245,7 +247,7 @@ def test_no_config_and_unknown_options(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_packages_load() -> None:
-    process = start("--list")
+    process = start("--config-file", "configs/MITH/config.yaml", "--print-config")
     while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -341,6 +343,78 @@ def test_checkpoint_that_cannot_be_read(trained: Path, tmp_path: Path, tiny_over
     assert "evil.pt" in refused(*settings, "--evaluate", tmp_path / "evil.pt")
     torch.save({"w": torch.ones(2)}, tmp_path / "foreign.pt")
     assert "does not fit" in refused(*settings, "--evaluate", tmp_path / "foreign.pt")
+
+
+def test_a_checkpoint_names_no_place_and_starts_no_process(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "best.pt", weights_only=True)
+    meta = json.loads(content["meta"])
+    root, trap = meta["config"]["dataset"]["root"], str(tmp_path / "trap")
+    meta["config"]["run"].update(save_dir=trap, cache_dir=trap, device="cpu:2000", distribute=True)
+    meta["config"]["dataset"].update(cache=trap, root=trap)
+    model = tmp_path / "there" / "model.pt"
+    model.parent.mkdir()
+    torch.save({**content, "meta": json.dumps(meta)}, model)
+    assert "dataset.root is a place on the machine" in refused("--evaluate", model)
+    code, _, err = run("--evaluate", model, f"dataset.root={root}")
+    assert code == 0, err
+    assert "run.device=auto" in err and f"dataset.root={root} (command line)" in err
+    assert not Path(trap).exists()
+    assert (model.parent / "evaluation-model.json").is_file()
+    meta["config"]["dataset"].update(type="openmoji", root=str(tmp_path / "there"), picture_size=16)
+    torch.save({**content, "meta": json.dumps(meta)}, model)
+    assert "index" in refused("--evaluate", model)  # nothing is made there
+    assert {path.suffix for path in model.parent.iterdir()} <= {".pt", ".json", ".npz", ".mat"}
+    assert not (model.parent / "index.mat").exists()
+
+
+@pytest.mark.parametrize("spoil", ["nan", "infinite", "deep", "wide", "hostile list"])
+def test_checkpoints_that_mean_nothing(trained: Path, tmp_path: Path, spoil: str) -> None:
+    content = torch.load(trained / "best.pt", weights_only=True)
+    meta = json.loads(content["meta"])
+    root, words = meta["config"]["dataset"]["root"], {"nan": "not finite", "infinite": "not finite"}
+    if spoil in words:
+        name = next(name for name in content["model"] if name.startswith("backbone." if spoil == "nan" else "head."))
+        content["model"][name].view(-1)[0] = float("nan" if spoil == "nan" else "inf")
+    elif spoil == "deep":
+        content["meta"] = "[" * 100_000
+        words["deep"] = "not written whole"
+    elif spoil == "wide":
+        meta["config"]["model"]["bits"] = 10**9
+        content["meta"] = json.dumps(meta)
+        words["wide"] = "model.bits"
+    else:
+        meta["config"]["dataset"]["labels"] = ["../../etc/labels.mat"]
+        content["meta"] = json.dumps(meta)
+        words["hostile list"] = "may lie anywhere"
+    torch.save(content, tmp_path / "model.pt")
+    assert words[spoil] in refused("--evaluate", tmp_path / "model.pt", f"dataset.root={root}")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--list"], [*MITH, "--print-config"]], ids=lambda c: c[-1])
+@pytest.mark.parametrize("output", ["gone", "closed", "full"])
+def test_output_that_cannot_be_written(command: list[str], output: str) -> None:
+    if command[-1] == "--print-config" and output != "gone":
+        pytest.skip("the same lines as --list, after seconds of loading")
+    shell = {"gone": "| true; exit ${PIPESTATUS[0]}", "closed": ">&-", "full": "> /dev/full"}[output]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {shell}', "-", *MAIN, *command], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == (141 if output == "gone" else 2)
+    assert len(done.stderr.splitlines()) == (0 if output == "gone" else 1), done.stderr
+
+
+def test_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / "configs/CFRH/config.yaml")
+    assert Path(config.model.backbone).resolve() == ROOT / "configs/CLIP/config.yaml"
+    assert Path(config.dataset.root).resolve() == ROOT / "data/openmoji"
+    assert config.run_folder == Path("result/CFRH/openmoji-32bits-seed1")  # outputs lie in the working directory
+    assert config.tree["dataset"]["root"] == "data/openmoji"  # what is compared and stored is what was written
+    (tmp_path / "data/openmoji").mkdir(parents=True)
+    own = tmp_path / "own.yaml"
+    own.write_text(f"base: [{ROOT}/configs/CFRH/config.yaml]\ndataset: {{root: data/openmoji}}\n")
+    assert load_config(own).dataset.root == "data/openmoji"  # beside the file that names it
+    assert load_config(own, ["dataset.root=nowhere"]).dataset.root == "nowhere"
 
 
 def test_evaluating_needs_no_config_for_our_own_checkpoints(trained: Path, tmp_path: Path) -> None:

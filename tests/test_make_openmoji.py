@@ -16,8 +16,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from common.config import read_yaml
 from common.errors import UserError
+from common.yaml_layers import read_yaml
 from data import make_openmoji
 from data.make_openmoji import LABELS, SETTINGS, STAMP, Drawing, distinct, label_drawings, make, read_drawings
 from data.mat_files import write_mat

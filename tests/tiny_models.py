@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import read_yaml
 from common.registry import MODELS
 from common.types import Backbone, Batch, ClipShape, DataInfo, Progress
+from common.yaml_layers import read_yaml
 from models.base import HashingModel
 from tests.processes import run_processes
 from utils.distributed import data_parallel, rank, world_size

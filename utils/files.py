@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one, and keeping two processes out of one folder."""
 
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -49,6 +50,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically; NaN is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(path: Path, key: str) -> None:

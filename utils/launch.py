@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from common.errors import UserError
 from utils.distributed import local_rank
 
+_PROCESSES_A_CORE = 4  # more only wait for each other
 _GRACE = 5.0  # seconds that processes have to end by themselves once one has failed
 _FAILED = "failed"  # the store's key for the rank that failed first
 _store: Any = None  # the group's key-value store, shared by all processes
@@ -36,7 +37,13 @@ def devices(name: str) -> list[torch.device]:
     if name == "cpu" or (name == "auto" and count == 0):
         return [torch.device("cpu")]
     if name.startswith("cpu:"):
-        return [torch.device("cpu")] * int(name.removeprefix("cpu:"))
+        asked, cores = int(name.removeprefix("cpu:")), len(os.sched_getaffinity(0))
+        if asked > _PROCESSES_A_CORE * cores:
+            raise UserError(
+                f"device {name}: {asked} processes on {cores} cores; at most {_PROCESSES_A_CORE} a core are started: "
+                f"cpu:{_PROCESSES_A_CORE * cores}"
+            )
+        return [torch.device("cpu")] * asked
     numbers = list(range(count)) if name in ("auto", "cuda") else [int(number) for number in name.split(",")]
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     if twice:

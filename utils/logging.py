@@ -1,9 +1,9 @@
-"""What a run says: log lines, tables, the JSON-lines record and TensorBoard."""
+"""What a run says while it works: log lines, the JSON-lines record and TensorBoard."""
 
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,6 @@ def setup_logging() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if is_main() else logging.WARNING)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as aligned text; the first is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    """Writes results to stdout, on the first process only."""
-    if is_main():
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
 
 
 class Record:

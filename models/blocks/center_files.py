@@ -11,14 +11,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import safetensors
 import safetensors.torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor
 
+from common.config import Mark
 from common.errors import UserError
+from common.tensor_files import CHECKSUM, checksum, read_tensors
 from models.base import ClipModelConfig
 from models.blocks.hash_centers import (
     GENERATOR,
@@ -48,7 +49,8 @@ class HashCentersConfig(ClipModelConfig):
     short_fallback: Literal["balanced", "hadamard_pm"]  # generated short centres beyond the rows: random, or -rows
     transform: Literal["closed_form", "trained", "file"]  # from long to short codes
     transform_training: TransformTraining  # of transform: trained
-    center_folder: str | None  # holds <long_bits>.safetensors of data/convert_twdh_centers.py, for `file`
+    # holds <long_bits>.safetensors of data/convert_twdh_centers.py, for `file`
+    center_folder: Annotated[str, Mark.READ] | None
 
     @field_validator("short_bits")
     @classmethod
@@ -100,6 +102,7 @@ def write_centers(path: Path, centers: HashCenters, facts: Mapping[str, Any]) ->
         **facts,
     }
     content = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    header[CHECKSUM] = checksum(content)
     metadata = {"header": json.dumps(header)}  # one key: several would be written in any order
     with atomic(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(content, metadata))
@@ -121,16 +124,19 @@ def read_centers(path: Path, classes: int, long_bits: int, short_bits: Sequence[
     Raises:
         UserError: If the file is missing, damaged, or of other bits or classes.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            content = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"centre file {path} is not there; write it with data/convert_twdh_centers.py, or set "
             "model.centers=generated model.transform=closed_form"
-        ) from None
-    except (OSError, safetensors.SafetensorError) as error:
+        )
+    try:
+        file = read_tensors(path)
+        header = json.loads(file.metadata.get("header", "{}"))
+        if header.get(CHECKSUM, found := checksum(file.tensors)) != found:
+            raise UserError("its values are not those that were written (the checksum differs)")
+    except (UserError, ValueError, AttributeError) as error:
         raise UserError(f"centre file {path} cannot be read ({error}); convert it again") from None
+    content = {name: value.float() for name, value in file.tensors.items()}
 
     def take(name: str, shape: tuple[int, int]) -> Tensor:
         if name not in content:

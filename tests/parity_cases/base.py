@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.registry import MODELS, OPTIMIZERS
 from common.types import Backbone, Batch, DataInfo
 from models.base import HashingModel
-from models.clip.weights import shape_of
+from models.clip.formats import shape_of
 
 Tree = dict[str, Any]
 
