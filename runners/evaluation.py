@@ -1,5 +1,6 @@
 """From a model and two splits to codes, and from codes to retrieval numbers."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from utils.launch import pick_device
 from utils.output import say
 from utils.progress import progress
 
+logger = logging.getLogger(__name__)
 DIRECTIONS = {"i2t": ("image", "text"), "t2i": ("text", "image"), "i2i": ("image", "image"), "t2t": ("text", "text")}
 
 
@@ -163,6 +165,13 @@ class Evaluator:
             encode_split(self.model, self.loaders[split], self.labels[split], self.config.run.precision, check)
             for split in ENCODED_SPLITS
         )
+        for name, codes in (("image", database.image), ("text", database.text)):
+            constant = int((codes == codes[:1]).all(dim=0).sum())
+            if constant:
+                logger.warning(
+                    "%d of %d bits of the %s codes have one sign for all %d items, so they tell nothing apart",
+                    *(constant, codes.shape[1], name, len(codes)),
+                )
         reports = evaluate_codes(query, database, self.model.code_lengths, self.config.evaluate, self.device)
         return query, database, reports
 

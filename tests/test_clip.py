@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.types import ClipShape
 from models.clip.towers import CLIP, ResidualBlock, Transformer
+from utils.launch import pick_device
 
 GOLDEN = Path(__file__).parent / "golden" / "clip-w64p16.npz"
 TINY = ClipShape(
@@ -281,9 +282,10 @@ def test_bf16_autocast_is_close_and_returns_float32(small: CLIP) -> None:
 @pytest.mark.gpu
 def test_gpu_equals_cpu_and_runs_under_autocast(small: CLIP) -> None:
     image, ids = pictures(4).float(), small_texts()
+    device = pick_device("cuda", distribute=False)
     with torch.no_grad():
         expected = small.image_tokens(image), *small.text_tokens(ids, ids == 0)
-        small.cuda()
+        small.to(device)
         try:
             found = small.image_tokens(image.cuda()), *small.text_tokens(ids.cuda(), (ids == 0).cuda())
             with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -188,3 +188,46 @@ def test_a_token_table_too_short_for_the_texts_is_refused(tmp_path: Path, tiny_o
     file, entries = settings(name, tiny_overrides, [])
     line = refused("--config-file", file, "--save-dir", tmp_path / "run", *entries, "--evaluate", path)
     assert "600" in line and "49408" in line
+
+
+WRAPPED = {
+    "DataParallel": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "torch.compile": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "Lightning": lambda state: {
+        "epoch": 3, "state_dict": {f"model.{name}": value for name, value in state.items()},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+    },
+    "script": lambda state: {
+        "args": {"lr": 0.1}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "best": torch.ones(1),
+        "model_state_dict": {"module": {f"_orig_mod.{name}": value for name, value in state.items()}},
+        "ema": {name: value + 1 for name, value in state.items()},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_wrapped_as_people_save_them(form: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    name = "DSPH-unified-b16B13C80s1501"
+    _, arrays = read(name, END_OF_TEXT + 1)
+    path = save(arrays, tmp_path / "plain.pt")
+    torch.save(WRAPPED[form](torch.load(path, weights_only=True)), tmp_path / "wrapped.pt")
+    config, overrides = settings(name, tiny_overrides, ["model.bits=16"])
+    written = []
+    for file in ("plain", "wrapped"):
+        code, _, err = run(
+            "--config-file", config, "--evaluate", tmp_path / f"{file}.pt", "--save-dir", tmp_path / "out", *overrides
+        )
+        assert code == 0, err
+        with np.load(tmp_path / "out" / f"codes-{file}.npz") as codes:
+            written.append({key: codes[key] for key in codes.files})
+    assert "took the model under" in err
+    assert all(np.array_equal(written[0][key], written[1][key]) for key in written[0])
+
+
+def test_two_models_in_one_file_are_not_guessed_between(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    name = "DSPH-unified-b16B13C80s1501"
+    state = torch.load(save(read(name, END_OF_TEXT + 1)[1], tmp_path / "plain.pt"), weights_only=True)
+    torch.save({"model": state, "net": {key: value + 1 for key, value in state.items()}}, tmp_path / "two.pt")
+    config, overrides = settings(name, tiny_overrides, ["model.bits=16"])
+    line = refused("--config-file", config, "--evaluate", tmp_path / "two.pt", *overrides)
+    assert "several models that fit, under 'model.' and 'net.'" in line

@@ -57,12 +57,13 @@ def devices(name: str) -> list[torch.device]:
 
 
 def pick_device(name: str, distribute: bool) -> torch.device:
-    """The device of this process.
+    """The device of this process; float32 is float32 on a GPU, too.
 
     Raises:
         UserError: If it is not there, or `name` lists several and the run is not distributed.
     """
     found = devices(name)
+    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds a convolution's float32 to 10 bits of mantissa
     if in_group():
         if found[0].type == "cpu":
             return found[0]
