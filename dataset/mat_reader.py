@@ -4,6 +4,7 @@ Nothing in a file is executed: SciPy's reader and HDF5 know only data, and .npy 
 may claim or unpack to `_FLOOR` bytes and `_FACTOR` times its own size; whatever asks for more is refused unread.
 """
 
+import io
 import math
 import re
 import struct
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -27,9 +28,15 @@ Array = npt.NDArray[Any]
 
 # zlib reaches 1,032 : 1. The densest honest files are label and tag matrices of doubles, nearly all 0: about 150 : 1.
 _FLOOR, _FACTOR = 2**28, 200
-_CELL = 1024  # bytes that a cell is counted as at least: an object of Python, and the time to open it
+_CELL = 1024  # bytes that a cell of an HDF5 file is counted as at least: an object of Python, and the time to open it
+_ARRAY = 128  # bytes of an empty array of NumPy, which SciPy makes of every matrix
 _ITEM = {"char": 4, "logical": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "single": 4}
-_COMPRESSED = 15  # miCOMPRESSED, an element's type in a MATLAB 5 file
+_MATRIX, _COMPRESSED = 14, 15  # miMATRIX, miCOMPRESSED: types of an element in a MATLAB 5 file
+_OPAQUE = 17  # class of a matrix that has no dimensions
+_ROOM_OF_CLASS = {1: 8, 2: 8, 3: 8, 4: 4}  # cell, struct, object, char: SciPy makes room for as many as are declared
+_DIMENSIONS = 32  # SciPy reads no more
+_PIECE = 2**16  # bytes of a file read at a time
+_VALUES = 4096  # strings of an HDF5 file read at a time, at most
 
 
 class _Room:
@@ -186,23 +193,112 @@ def _choose(path: Path, keys: Sequence[str], names: Sequence[str]) -> str:
     raise UserError(f"{path} has none of the variables {', '.join(keys)}, but {has}; rename the variable or the file")
 
 
+class _Inflated(io.RawIOBase):
+    """What a compressed element unpacks to, piece by piece; nothing is kept.
+
+    Args:
+        file: Stands at the element's content.
+        size: Bytes of the content.
+        room: What is unpacked is counted here.
+    """
+
+    def __init__(self, file: IO[bytes], size: int, room: _Room) -> None:
+        self._file, self._left, self._room = file, size, room
+        self._inflater = zlib.decompressobj()
+
+    def readable(self) -> bool:
+        """As `io.RawIOBase`."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As `io.RawIOBase`."""
+        while not self._inflater.eof:
+            packed = self._inflater.unconsumed_tail or self._file.read(min(self._left, _PIECE))
+            if not self._inflater.unconsumed_tail:
+                self._left -= len(packed)
+            content = self._inflater.decompress(packed, len(buffer))
+            if content:
+                self._room.take(len(content))
+                buffer[: len(content)] = content
+                return len(content)
+            if not packed:
+                break
+        return 0
+
+
 def _require_honest(path: Path) -> None:
-    """Unpacks the compressed variables of a MATLAB 5 file piece by piece, keeping none, and refuses a bomb."""
+    """Goes through the elements of a MATLAB 5 file, keeping none, and refuses a bomb.
+
+    SciPy makes room for the cells, fields and characters that a matrix declares before it reads them, at any depth.
+    """
     room = _Room(path)
     with path.open("rb") as file:
         header = file.read(128)
-        if len(header) < 128 or 0 in header[:4]:  # version 4 knows no compression
+        if len(header) < 128 or 0 in header[:4]:  # version 4 knows neither compression nor nesting
             return
         order = "<" if header[126:128] == b"IM" else ">"
         while len(tag := file.read(8)) == 8:
             kind, size = struct.unpack(f"{order}II", tag)
-            if kind != _COMPRESSED:
-                file.seek(size, 1)
+            end = file.tell() + size
+            if kind == _COMPRESSED:
+                _count_elements(io.BufferedReader(_Inflated(file, size, room), _PIECE), order, room, None)
+            elif kind == _MATRIX:
+                file.seek(-8, io.SEEK_CUR)
+                _count_elements(file, order, room, end)
+                if file.tell() >= end + 8:  # what follows would lie inside an element that was passed over
+                    raise ValueError("an element is longer than its variable")
+            else:
+                raise ValueError(f"type {kind} where a variable begins")
+            file.seek(end)
+
+
+def _count_elements(stream: IO[bytes], order: str, room: _Room, end: int | None) -> None:
+    """Counts what the matrices of a variable declare: it, and those in its cells and fields, as they follow.
+
+    Args:
+        stream: Stands at the variable's tag.
+        order: Of the bytes, as `struct` writes it.
+        room: Counts.
+        end: Where the variable ends; None for the end of the stream.
+    """
+    cells = 0  # of the matrix at hand, where it has named fields
+    while (end is None or stream.tell() < end) and len(tag := stream.read(8)) == 8:
+        kind, size = struct.unpack(f"{order}II", tag)
+        if kind >> 16:  # a small element: its bytes are in the tag
+            kind, size = kind & 0xFFFF, 0
+        if kind != _MATRIX:
+            room.take(cells * size)  # the names of the fields among them: at least a byte for each
+            _skip(stream, -(-size // 8) * 8)
+        elif size:
+            flags = stream.read(16)
+            if len(flags) < 16:
+                return
+            kind = struct.unpack(f"{order}I", flags[8:12])[0] & 0xFF
+            room.take(_ARRAY)
+            if kind == _OPAQUE:
                 continue
-            inflater = zlib.decompressobj()
-            while size and (piece := file.read(min(size, 2**16))):
-                size -= len(piece)
-                room.take(len(inflater.decompress(piece)))  # 64 MiB at most
+            declared = abs(math.prod(_dimensions(stream, order))) * _ROOM_OF_CLASS.get(kind, 0)
+            room.take(declared)
+            cells = declared if kind in (2, 3) else 0
+
+
+def _dimensions(stream: IO[bytes], order: str) -> tuple[int, ...]:
+    tag = stream.read(8)
+    kind, size = struct.unpack(f"{order}II", tag)
+    content = tag[4 : 4 + (kind >> 16)]
+    if not kind >> 16:
+        if size > 4 * _DIMENSIONS:
+            raise ValueError(f"more than {_DIMENSIONS} dimensions")
+        content = stream.read(-(-size // 8) * 8)[:size]
+    return struct.unpack(f"{order}{len(content) // 4}i", content[: len(content) // 4 * 4])
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    if stream.seekable():
+        stream.seek(count, io.SEEK_CUR)
+        return
+    while count and (piece := stream.read(min(count, _PIECE))):
+        count -= len(piece)
 
 
 def _pictures_or(value: Array, path: Path) -> Array | Pictures:
@@ -263,8 +359,10 @@ def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool, room: _Room) ->
         room.take(_CELL)
         return np.array([], dtype=np.str_)
     _admit(file, data, room)
-    if h5py.check_string_dtype(data.dtype) is not None:
-        return np.asarray(data.asstr()[()], dtype=object)
+    if (strings := h5py.check_string_dtype(data.dtype)) is not None:
+        return _strings_of(data, room) if strings.length is None else np.asarray(data.asstr()[()], dtype=object)
+    if data.dtype.hasobject and h5py.check_ref_dtype(data.dtype) is None:
+        raise UserError(f"{room.path} ({data.name}) holds lists or records; save it as a plain or cell array")
     value = np.asarray(data[()]).T
     if h5py.check_ref_dtype(data.dtype) is not None:
         cells = np.empty(value.shape, dtype=object)
@@ -274,6 +372,21 @@ def _hdf5_value(file: h5py.File, data: h5py.Dataset, text: bool, room: _Room) ->
     if kind == "char" or (text and not kind and value.dtype in (np.uint16, np.uint32)):
         return _characters(_unrolled(value, data.attrs))
     return value
+
+
+def _strings_of(data: h5py.Dataset, room: _Room) -> Array:
+    """Strings of any length, a few at a time: all of them may refer to one that is as long as the file."""
+    if not data.ndim:
+        return np.asarray(data.asstr()[()], dtype=object)
+    texts = np.empty(data.shape, dtype=object)
+    axis = int(np.argmax(data.shape))
+    step = min(_VALUES, max(1, _FLOOR // room.path.stat().st_size))
+    for place in np.ndindex(*data.shape[:axis], *data.shape[axis + 1 :]):
+        for start in range(0, data.shape[axis], step):
+            part = (*place[:axis], slice(start, start + step), *place[axis:])
+            texts[part] = data.asstr()[part]
+            room.take(sum(map(len, texts[part])))
+    return texts
 
 
 def _unrolled(codes: Array, attributes: Mapping[str, Any]) -> Array:
