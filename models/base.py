@@ -42,7 +42,8 @@ class HashingModel(nn.Module, ABC):
     All state is parameters or persistent buffers, so that `.to(device)` moves it, the checkpoint holds it and a
     resumed run is exact. The loss is that of the global batch: rows are gathered from all processes
     (`utils.distributed`), then everything is computed as if on one device. Random draws use torch's global generator,
-    which the runner seeds alike on every process before every step.
+    which the runner seeds alike on every process before every step; a layer before the gathering draws for the rows of
+    all processes (`models.blocks.dropout`), so that their generators stay alike.
     """
 
     Config: ClassVar[type[ModelConfig]]

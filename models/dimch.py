@@ -31,6 +31,7 @@ from common.set_losses import DiversityScope, SetMode, diversity, maximum_mean_d
 from common.similarity import cosine_similarity
 from common.types import DataInfo, StepOutput
 from models.base import ClipModelConfig
+from models.blocks.dropout import RowDropout
 from models.blocks.heads import init_fan_out, sign_codes
 from models.blocks.token_sets import SetSimilarityConfig, TokenSetModel, set_distances
 
@@ -68,7 +69,7 @@ class TokenSetHead(nn.Module):
         super().__init__()
         self.mix = nn.Conv1d(tokens, set_size, 3, padding=1)  # slides over the feature axis
         self.hidden = init_fan_out(nn.Linear(width, width // 2))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout)
         self.out = init_fan_out(nn.Linear(width // 2, bits))
         nn.init.kaiming_normal_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]  # it has a bias

@@ -24,8 +24,9 @@ with the same weights, as the release's do. `model.mask_padding: true` hides tex
 Results reproduced: the golden case of the authors' code (tests/golden/UMoED-*.npz).
 """
 
+import copy
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from common.registry import MODELS
 from common.set_losses import diversity, weighted_triplet
 from common.types import DataInfo, StepOutput
 from models.base import ClipModelConfig
+from models.blocks.dropout import RowDropout
 from models.blocks.token_sets import SetSimilarityConfig, TokenSetModel, set_distances
 
 MAX_PATTERN_BITS = 16  # of one query: 65,536 patterns
@@ -122,6 +124,70 @@ class SoftMixture(nn.Module):
         return rearrange(logits, "B M experts slots -> B M (experts slots)").softmax(-1) @ slots
 
 
+class Attention(nn.Module):
+    """Multi-head attention of one sequence to another, with dropout of its weights.
+
+    Args:
+        width: E, a multiple of `heads`.
+        heads: Number of heads.
+        dropout: Probability in [0, 1).
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        self.dropout = RowDropout(dropout)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, queries: Tensor, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Queries [B, M, E] that look at tokens [B, L, E], but at none that is `hidden` [B, L] bool: [B, M, E]."""
+        inputs = (queries, tokens, tokens)
+        projections = zip(inputs, self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        query, key, value = (
+            rearrange(F.linear(*projection), "B L (heads w) -> B heads L w", heads=self.heads)
+            for projection in projections
+        )
+        logits = query @ key.transpose(2, 3) / key.shape[-1] ** 0.5  # [B, heads, M, L]
+        if hidden is not None:
+            logits = logits.masked_fill(hidden[:, None, None], -torch.inf)
+        mixed = self.dropout(logits.softmax(-1)) @ value
+        out: Tensor = self.out_proj(rearrange(mixed, "B heads M w -> B M (heads w)"))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm decoder layer: queries look at each other, then at the tokens, then each passes a small MLP.
+
+    Parameters are named as those of `torch.nn.TransformerDecoderLayer`, whose dropout knows nothing of processes.
+
+    Args:
+        width: E, a multiple of the heads.
+        config: `model:` section.
+    """
+
+    def __init__(self, width: int, config: UMoEDConfig) -> None:
+        super().__init__()
+        self.self_attn, self.multihead_attn = (Attention(width, config.heads, config.dropout) for _ in range(2))
+        self.linear1 = nn.Linear(width, config.feed_forward_width)
+        self.linear2: nn.Module = nn.Linear(config.feed_forward_width, width)
+        if config.mixture is not None:
+            self.linear2 = SoftMixture(config.feed_forward_width, width, config.mixture)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.dropout = RowDropout(config.dropout)
+
+    def forward(self, queries: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """Queries [B, M, E] and tokens [B, L, E], of which those `hidden` [B, L] bool are not seen -> [B, M, E]."""
+        queries = self.norm1(queries + self.dropout(self.self_attn(queries, queries)))
+        queries = self.norm2(queries + self.dropout(self.multihead_attn(queries, tokens, hidden)))
+        inner = self.dropout(self.linear1(queries).relu())
+        out: Tensor = self.norm3(queries + self.dropout(self.linear2(inner)))
+        return out
+
+
 class TokenDecoder(nn.Module):
     """Learned queries that attend to tokens, and choose one of the bit patterns each.
 
@@ -147,12 +213,9 @@ class TokenDecoder(nn.Module):
         self.project = (
             nn.Identity() if width == tokens_width else nn.Sequential(nn.Linear(tokens_width, width), nn.ReLU())
         )
-        layer = nn.TransformerDecoderLayer(
-            width, config.heads, config.feed_forward_width, config.dropout, batch_first=True
-        )
-        if config.mixture is not None:
-            layer.linear2 = SoftMixture(config.feed_forward_width, width, config.mixture)  # type: ignore[assignment]
-        self.decoder = nn.TransformerDecoder(layer, config.layers)
+        layer = DecoderLayer(width, config)
+        layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(config.layers))
+        self.decoder = nn.ModuleDict({"layers": layers})  # named as in torch's decoder
         self.classifier = nn.Linear(width, 2 ** (config.bits // config.queries))
 
     def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -165,9 +228,10 @@ class TokenDecoder(nn.Module):
         Returns:
             Logits of the patterns, [B, M, W].
         """
-        queries = self.queries.expand(tokens.shape[0], -1, -1)
-        decoded = self.decoder(queries, self.project(tokens), memory_key_padding_mask=hidden)
-        logits: Tensor = self.classifier(decoded)
+        queries, tokens = self.queries.expand(tokens.shape[0], -1, -1), self.project(tokens)
+        for layer in cast(nn.ModuleList, self.decoder["layers"]):
+            queries = layer(queries, tokens, hidden)
+        logits: Tensor = self.classifier(queries)
         return logits
 
 
@@ -205,8 +269,8 @@ class UMoED(TokenSetModel):
     def text_sets(self, ids: Tensor) -> Tensor:
         """Logits of the bit patterns of texts [B, L], from all positions unless padding is masked: [B, M, W]."""
         behind_end = torch.arange(ids.shape[1], device=ids.device) > ids.argmax(1, keepdim=True)
-        masks = self.config.mask_padding and len(ids) > 0  # torch's attention takes no mask of no rows
-        return self._decode("text", self.backbone.text_tokens(ids)[1], behind_end if masks else None)
+        hidden = behind_end if self.config.mask_padding else None
+        return self._decode("text", self.backbone.text_tokens(ids)[1], hidden)
 
     def _decode(self, modality: str, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         """Tokens [B, L, E] and those that are hidden, [B, L] bool -> logits [B, M, W] float32."""

@@ -40,6 +40,7 @@ from common.registry import MODELS
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ParamGroups
 from models.blocks.concept_head import CONCEPT_HEAD_NAMES, ConceptBanks, ConceptCodes, ConceptHead, ConceptHeadConfig
+from models.blocks.dropout import RowDropout
 from models.blocks.memory import FeatureCache
 from models.clip.towers import Transformer
 from utils.distributed import gather_rows
@@ -107,7 +108,7 @@ class Prompts(nn.Module):
             )
         self.gate = nn.Linear(width, width)
         self.reduce = nn.Linear(width, width // ADAPTER_SHARE)
-        self.dropout = nn.Dropout(config.prompt_dropout)
+        self.dropout = RowDropout(config.prompt_dropout)
         self.expand = nn.Linear(width // ADAPTER_SHARE, width)
         self.image_blocks = Transformer(width, config.prompt_layers, config.prompt_heads)
         self.text_blocks = Transformer(width, config.prompt_layers, config.prompt_heads)

@@ -81,8 +81,8 @@ def settings(method: str) -> list[dict[str, Any]]:
     return [{**SMALL.get(method, {}), **options} for options in [{}, *OPTIONS.get(method, [])]]
 
 
-def without_dropout(method: str) -> dict[str, float]:
-    return {name: 0.0 for name in section(method) if "dropout" in name}
+def with_dropout(method: str, probability: float) -> dict[str, float]:
+    return {name: probability for name in section(method) if "dropout" in name}
 
 
 def name_of(value: Any) -> str:
@@ -115,7 +115,7 @@ def test_options_train_and_encode(method: str, options: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize("method", MODELS.names())
 def test_processes_train_as_one(method: str, tmp_path: Path) -> None:
-    every = [{**options, **without_dropout(method)} for options in settings(method)]
+    every = [{**options, **with_dropout(method, 0.3)} for options in settings(method)]
     assert_same_in_processes(method, str(tmp_path), every, counts=(3,))
 
 
@@ -123,7 +123,7 @@ def test_processes_train_as_one(method: str, tmp_path: Path) -> None:
 def test_bf16_moves_the_loss_little(method: str, tmp_path: Path) -> None:
     losses = []
     for mixed in (False, True):
-        model = build(method, str(tmp_path), **SMALL.get(method, {}), **without_dropout(method)).train()
+        model = build(method, str(tmp_path), **SMALL.get(method, {}), **with_dropout(method, 0.0)).train()
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             losses.append(model(rows_of().only(model.fields), START).loss)

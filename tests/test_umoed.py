@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.types import Batch, Progress
-from models.umoed import MixtureConfig, SoftMixture, TokenDecoder, UMoED, UMoEDConfig, pattern_codes
+from models.umoed import DecoderLayer, MixtureConfig, SoftMixture, TokenDecoder, UMoED, UMoEDConfig, pattern_codes
 from tests.tiny_models import LENGTH, SHAPE, build, pick, rows_of, section
 from tests.worked import multi_hot, wave
 
@@ -129,9 +129,9 @@ def test_initial_weights() -> None:
     torch.manual_seed(0)
     mixture = {"experts": 8, "slots": 8, "init": "release"}
     decoder = TokenDecoder(512, config(bits=16, width=None, layers=2, feed_forward_width=2048, mixture=mixture))
-    first, second = decoder.decoder.layers
+    first, second = cast(nn.ModuleList, decoder.decoder["layers"])
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert isinstance(first.linear2, SoftMixture)
+    assert isinstance(first, DecoderLayer) and isinstance(first.linear2, SoftMixture)
     for value, bound in ((first.linear2.phi, 0.125), (first.linear2.weight, 1 / 1024), (first.linear2.bias, 1 / 1024)):
         assert 0.99 * bound < float(value.abs().max()) <= bound
     assert float(decoder.queries.std()) == pytest.approx(1, abs=0.05)

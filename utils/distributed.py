@@ -63,15 +63,35 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
+def place_of_rows(rows: Tensor) -> tuple[int, int]:
+    """Where this process's rows stand among those of all processes, in rank order.
+
+    Args:
+        rows: This process's rows, [b, ...]; b may differ between processes and may be 0.
+
+    Returns:
+        Number of the first of them, from 0, and B, the sum of all b.
+    """
+    sizes = _row_counts(rows)
+    return sum(sizes[: rank()]), sum(sizes)
+
+
+def _row_counts(rows: Tensor) -> list[int]:
+    """Numbers of rows of all processes."""
+    if world_size() == 1:
+        return [rows.shape[0]]
+    count = torch.tensor([rows.shape[0]], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    return torch.cat(counts).tolist()
+
+
 class _GatherRows(torch.autograd.Function):
     """All-gather of rows of uneven number; backward sums over processes and takes the own slice."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        count = torch.tensor([rows.shape[0]], device=rows.device)
-        counts = [torch.zeros_like(count) for _ in range(world_size())]
-        dist.all_gather(counts, count)
-        sizes = [int(c) for c in counts]
+        sizes = _row_counts(rows)
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in sizes]

@@ -17,6 +17,7 @@ from common.losses import asymmetric_likelihood, mutual_distillation
 from common.similarity import label_similarity
 from common.types import DataInfo
 from models.base import ClipModelConfig
+from models.blocks.dropout import RowDropout
 from models.blocks.heads import sign_codes
 from models.blocks.memory import MemoryBank
 from models.clip.towers import HEAD_WIDTH, Transformer
@@ -85,7 +86,7 @@ class ResidualMLP(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
         self.activation = nn.GELU() if activation == "gelu" else nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout)
         self.contract = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
