@@ -115,8 +115,8 @@ class Runner:
         with StopRequest() as self.stop:
             self.record = None
             if is_main():
-                write_text(self.folder / "config.yaml", self.config.to_yaml())
                 self.record = Record(self.folder, upto=self.state.step)
+                write_text(self.folder / "config.yaml", self.config.to_yaml())
             self.saved_at = time.monotonic()
             with progress(
                 total=self.steps, initial=self.state.step, desc=self.config.model.name, unit="step"

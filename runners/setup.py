@@ -36,7 +36,8 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock:
 
     Args:
         folder: The run's folder, created if need be.
-        resume: Whether a run that lies there may be continued.
+        resume: Whether a run that lies there may be continued. Without it, only a run that has kept nothing yet may
+            lie there: it begins anew.
 
     Returns:
         The lock, held until its release or the process's end.
@@ -50,8 +51,18 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock:
         raise UserError(f"another process is working in {folder}; wait for it, or choose another --save-dir")
     if (folder / "config.yaml").exists() and not resume:
         state = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
-        raise UserError(f"{folder} holds {state}: continue it with --resume, or choose another folder with --save-dir")
+        if not (folder / "log.jsonl").exists() or _holds_work(folder):  # without a log it is no run's config.yaml
+            raise UserError(
+                f"{folder} holds {state}: continue it with --resume, or choose another folder with --save-dir"
+            )
+        logger.info("the run in %s ended before its first checkpoint: beginning anew", folder)
     return lock
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run's folder holds what beginning anew would lose: results, weights, or anything by checkpoints."""
+    kept = ("results.json", "best.pt", "checkpoints/[!.]*")
+    return any(any(folder.glob(pattern)) for pattern in kept)
 
 
 def open_dataset(config: Config) -> PairedDataset:

@@ -17,8 +17,9 @@ import yaml
 from common.checkpoint import Checkpoints, load
 from common.config import load_config
 from common.registry import MODELS
+from common.types import StepOutput
 from runners.runner import Runner
-from tests.commands import ROOT, finish, run, start
+from tests.commands import ROOT, finish, refused, run, start
 from tests.processes import Forked
 from tests.tiny_models import small_settings
 
@@ -62,6 +63,51 @@ def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
 def losses(folder: Path) -> list[float]:
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [event["loss"] for event in events if event["event"] == "step"]
+
+
+def fails_at(step: int, *arguments: str) -> tuple[int, str, str]:
+    """Runs the command line in this process with a defect that shows at a step."""
+    log = Runner._log_step
+
+    def log_or_fail(runner: Runner, output: StepOutput) -> None:
+        if runner.state.step == step:
+            raise ZeroDivisionError
+        log(runner, output)
+
+    with mock.patch.object(Runner, "_log_step", log_or_fail):
+        return run(*arguments)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """What the dead attempt logged is gone; files of the user stay."""
+    command = arguments("DSPH", tmp_path, [*tiny_overrides, "run.epochs=1"])
+    code, _, err = fails_at(3, *command)
+    assert code == 1 and "ZeroDivisionError" in err and len(losses(tmp_path)) == 3
+    half, notes = tmp_path / "checkpoints" / ".step-00000004.pt.part", tmp_path / "tensorboard" / "notes.txt"
+    events = tmp_path / "tensorboard" / "events.out.tfevents.1.host"
+    for file in (half, notes, events):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("as it was")
+    code, _, err = run(*command)
+    assert code == 0 and f"the run in {tmp_path} ended before its first checkpoint: beginning anew" in err, err
+    assert len(losses(tmp_path)) == 5
+    assert not half.exists() and not events.exists() and notes.read_text() == "as it was"
+
+
+@pytest.mark.parametrize("kept", ["best.pt", "results.json", "checkpoints/step-00000004.pt", "checkpoints/mine"])
+def test_a_run_that_kept_something_is_not_begun_anew(kept: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    for name in ("config.yaml", "log.jsonl", kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("as it was")
+    line = refused(*arguments("DSPH", tmp_path, tiny_overrides))
+    assert "finished run: continue it with --resume" in line
+    assert all((tmp_path / name).read_text() == "as it was" for name in ("config.yaml", "log.jsonl", kept))
+
+
+def test_a_config_that_no_run_wrote_is_not_overwritten(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    (tmp_path / "config.yaml").write_text("mine")
+    assert "choose another folder" in refused(*arguments("DSPH", tmp_path, tiny_overrides))
+    assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -35,11 +35,15 @@ class Record:
     Args:
         folder: The run's folder; `log.jsonl` and TensorBoard's events go there.
         upto: Steps taken at the checkpoint that the run goes on from. Of an earlier part of the run, lines of later
-            steps and of evaluations after it are dropped: both come again.
+            steps and of evaluations after it are dropped: both come again. At 0 that is all of it, TensorBoard's
+            files included.
     """
 
     def __init__(self, folder: Path, upto: int) -> None:
         self._path = folder / "log.jsonl"
+        if upto == 0:
+            for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                events.unlink()
         if self._path.exists():
             kept = (line for line in self._lines() if _is_before(line, upto))
             write_text(self._path, "".join(f"{line}\n" for line in kept))
