@@ -1,4 +1,4 @@
-"""The optimizers that the YAML's `optim:` section may name: BertAdam exactly as CLIP hashing uses it, SGD, AdamW.
+"""The optimizers that the YAML's `optim:` section may name: BertAdam exactly as CLIP hashing uses it, SGD, Adam, AdamW.
 
 `build_optimizers` joins the parameter groups that a model declares with the settings that the config gives them.
 Rates follow the number of updates, never the number of processes.
@@ -7,7 +7,7 @@ Rates follow the number of updates, never the number of processes.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -272,6 +272,52 @@ class SGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         """Sets the scheduled rates, then updates as torch does."""
         _set_rates(self)
+        return super().step(closure)
+
+
+@OPTIMIZERS.register("Adam")
+class Adam(torch.optim.Adam):
+    """torch's Adam, whose weight decay is added to the gradient, after clipping by the norm of all gradients together.
+
+    Source:
+        torch.optim.Adam; torch.nn.utils.clip_grad_norm_.
+    """
+
+    class Config(OptimizerConfig):
+        """An entry of `optim:` of type Adam."""
+
+        b1: float = Field(ge=0, lt=1)  # decay of the mean of gradients
+        b2: float = Field(ge=0, lt=1)  # decay of the mean of squared gradients
+        eps: float = Field(gt=0)  # outside the root
+        weight_decay: float = Field(ge=0)  # added to the gradient of every tensor
+        max_grad_norm: float  # largest norm of all gradients of this optimizer together; 0 or less does not clip
+        milestones: list[Annotated[int, Field(gt=0)]]  # numbers of updates after each of which the rate is multiplied
+        milestone_factor: float = Field(gt=0)  # by this
+
+    @classmethod
+    def build(cls, groups: Groups, config: Config, total_steps: int) -> "Adam":
+        """The optimizer of a model's groups; arguments as `BertAdam.build`."""
+        optimizer = cls(
+            _torch_groups(groups, config),
+            betas=(config.b1, config.b2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        _require_steps(total_steps)
+        for group in optimizer.param_groups:
+            group.update(peak_lr=group["lr"], updates=0, max_grad_norm=config.max_grad_norm)
+            group.update(milestones=list(config.milestones), milestone_factor=config.milestone_factor)
+        return optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        """Clips, sets the scheduled rates, then updates as torch does."""
+        if self.param_groups[0]["max_grad_norm"] > 0:  # the same in all groups
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.param_groups[0]["max_grad_norm"])
+        for group in self.param_groups:
+            passed = sum(group["updates"] >= milestone for milestone in group["milestones"])
+            group["lr"] = group["peak_lr"] * group["milestone_factor"] ** passed
+            group["updates"] += 1
         return super().step(closure)
 
 

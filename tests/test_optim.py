@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from common.config import OptimizerConfig
 from common.errors import UserError
-from common.optim import SGD, AdamW, BertAdam, build_optimizers, scheduled_factor
+from common.optim import SGD, Adam, AdamW, BertAdam, build_optimizers, scheduled_factor
 
 GOLDEN = Path(__file__).parent / "golden" / "bertadam.npz"
 BERT_ADAM: dict[str, Any] = {
@@ -191,13 +191,14 @@ def test_get_lr_is_zero_before_the_first_update_of_any_tensor() -> None:
     assert optimizer.get_lr() == [0.0]
 
 
-@pytest.mark.parametrize("kind", ["BertAdam", "SGD", "AdamW"])
+@pytest.mark.parametrize("kind", ["BertAdam", "SGD", "Adam", "AdamW"])
 def test_a_run_continued_from_its_state_ends_in_the_same_bits(kind: str) -> None:
     def build(parameters: list[Parameter]) -> torch.optim.Optimizer:
         groups, lr = {"a": parameters[:5], "b": parameters[5:]}, {"a": 0.01, "b": 0.1}
         configs: dict[str, OptimizerConfig] = {
             "BertAdam": bert_adam(lr),
             "SGD": sgd(lr, schedule="cosine"),
+            "Adam": adam(lr, milestones=[6, 12], max_grad_norm=0.5),
             "AdamW": adamw(lr),
         }
         return build_optimizers({"main": configs[kind]}, {"main": groups}, 20)["main"]
@@ -260,12 +261,18 @@ def test_no_warmup_starts_at_the_full_rate() -> None:
     assert scheduled_factor("warmup_cosine", 0.0, 0.0) == 1.0
 
 
-# ---------------------------------------------------------------------------------------------- SGD, AdamW
+# ---------------------------------------------------------------------------------------------- SGD, Adam, AdamW
 
 
 def sgd(lr: dict[str, float], **changes: Any) -> SGD.Config:
     base = {"type": "SGD", "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False, "schedule": "constant"}
     return SGD.Config(**{**base, "lr": lr, **changes})
+
+
+def adam(lr: dict[str, float], **changes: Any) -> Adam.Config:
+    base = {"type": "Adam", "b1": 0.5, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    base |= {"max_grad_norm": 0.0, "milestones": [], "milestone_factor": 1.2}
+    return Adam.Config(**{**base, "lr": lr, **changes})
 
 
 def adamw(lr: dict[str, float], **changes: Any) -> AdamW.Config:
@@ -291,6 +298,44 @@ def test_constant_sgd_is_torchs() -> None:
         optimizer.step()
         reference.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_adam_clips_all_groups_together_and_decays_through_the_gradient() -> None:
+    """A loop over the formula in float64; the norm is that of the tensors that have a gradient, of both groups."""
+    ours, plain = some_parameters(), [p.detach().double() for p in some_parameters()]
+    optimizer = Adam.build(
+        {"a": ours[:5], "b": ours[5:]}, adam({"a": 0.01, "b": 0.1}, max_grad_norm=1.0, milestones=[3, 5]), 8
+    )
+    means, squares, counts = [0 * p for p in plain], [0 * p for p in plain], [0] * len(plain)
+    clipped = 0
+    for step in range(8):
+        give_gradients(ours, step)
+        gradients = [None if p.grad is None else p.grad.double() for p in ours]
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
+        clipped += norm > 1
+        optimizer.step()
+        for number, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            gradient = gradient * min(1.0, 1.0 / (norm + 1e-6)) + 0.01 * plain[number]
+            counts[number] += 1
+            means[number] = 0.5 * means[number] + 0.5 * gradient
+            squares[number] = 0.999 * squares[number] + 0.001 * gradient.square()
+            mean, square = means[number] / (1 - 0.5 ** counts[number]), squares[number] / (1 - 0.999 ** counts[number])
+            rate = (0.01 if number < 5 else 0.1) * 1.2 ** ((step >= 3) + (step >= 5))
+            plain[number] = plain[number] - rate * mean / (square.sqrt() + 1e-8)
+    assert clipped
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.detach().double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_adam_without_a_largest_norm_leaves_gradients_alone() -> None:
+    p = Parameter(torch.zeros(2))
+    p.grad = torch.tensor([30.0, 40.0])
+    Adam.build({"a": [p]}, adam({"a": 0.1}, max_grad_norm=0.0), 10).step()
+    assert p.grad.tolist() == [30.0, 40.0]
+    Adam.build({"a": [p]}, adam({"a": 0.1}, max_grad_norm=5.0), 10).step()
+    assert p.grad.tolist() == pytest.approx([3.0, 4.0])
 
 
 def test_adamw_follows_its_schedule_and_spares_vectors() -> None:
@@ -360,9 +405,9 @@ def test_a_parameter_that_stands_twice_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("cls", [BertAdam, SGD, AdamW])
+@pytest.mark.parametrize("cls", [BertAdam, SGD, Adam, AdamW])
 def test_a_run_without_steps_is_refused(cls: Any) -> None:
-    config = {BertAdam: bert_adam, SGD: sgd, AdamW: adamw}[cls]({"a": 0.1})
+    config = {BertAdam: bert_adam, SGD: sgd, Adam: adam, AdamW: adamw}[cls]({"a": 0.1})
     with pytest.raises(ValueError, match="total_steps"):
         cls.build({"a": some_parameters(1)}, config, 0)
 
@@ -373,6 +418,14 @@ def test_a_run_without_steps_is_refused(cls: Any) -> None:
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         bert_adam({"a": 0.1}, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"b1": 1.0}, {"milestones": [0]}, {"milestone_factor": 0.0}, {"schedule": "cosine"}]
+)
+def test_settings_of_adam_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        adam({"a": 0.1}, **changes)
 
 
 def test_nesterov_needs_momentum() -> None:
