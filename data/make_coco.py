@@ -21,7 +21,8 @@ if not __package__:  # run as a script: the packages of the repository stand one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
-from data.preparation import Pairs, Protocol, find, run
+from data.preparation import Pairs, Protocol, run
+from data.source_files import find
 from utils.progress import progress
 
 PARTS = ("train2017", "val2017")

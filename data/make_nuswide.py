@@ -18,7 +18,8 @@ if not __package__:  # run as a script: the packages of the repository stand one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
-from data.preparation import Pairs, Protocol, find, parallel, read_bytes, read_lines, run
+from data.preparation import Pairs, Protocol, run
+from data.source_files import find, parallel, read_bytes, read_lines
 from utils.progress import progress
 
 ROWS_AT_A_TIME = 1 << 23  # bytes of AllTags1k.txt held at once; the whole file has 540 MB

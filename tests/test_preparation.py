@@ -22,9 +22,10 @@ from scipy.io import loadmat
 from tqdm.auto import tqdm
 
 from common.errors import UserError
-from data import make_coco, make_mirflickr25k, make_nuswide, make_wiki, mat_files, preparation
+from data import make_coco, make_mirflickr25k, make_nuswide, make_wiki, mat_files, preparation, source_files
 from data.mat_files import string_cells, string_rows, write_mat
-from data.preparation import JOURNAL, REPORT, find, inspect_picture, read_lines, scan_pictures
+from data.preparation import REPORT
+from data.source_files import JOURNAL, find, inspect_picture, read_lines, scan_pictures
 from tests import datasets, miniatures
 from utils.files import FolderLock
 
@@ -153,11 +154,11 @@ def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     decoded: list[str] = []
     original = inspect_picture
 
-    def noted(path: Path) -> preparation.Picture | None:
+    def noted(path: Path) -> source_files.Picture | None:
         decoded.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(preparation, "inspect_picture", noted)
+    monkeypatch.setattr(source_files, "inspect_picture", noted)
     assert prepare("coco", source, root) == 0
     assert decoded == []
     # A journal that ends in the middle of a line: the rest is done again.
