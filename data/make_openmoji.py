@@ -40,7 +40,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 from common.errors import UserError
 from common.yaml_layers import read_yaml
 from data.mat_files import string_cells, string_rows, write_mat
-from utils.files import FolderLock, make_folder, write_json, write_text
+from utils.files import in_turn, write_json, write_text
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -112,18 +112,12 @@ def make(root: Path, size: int, workers: int) -> None:
     if size < 16 or workers < 1:
         raise UserError(f"make_openmoji: --size must be at least 16 and --workers at least 1, not {size} and {workers}")
     source = _source(size)
-    make_folder(root.parent, "--root")
-    lock = FolderLock(root.parent)
     try:
-        if not lock.acquire(wait=False):
-            log.info("another process is writing in %s: waiting for it", root.parent)
-            lock.acquire(wait=True)
-        _replace(root, source, workers)
+        with in_turn(root.parent, "--root"):
+            _replace(root, source, workers)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{root} cannot be written: {reason}; free some room or choose another --root") from None
-    finally:
-        lock.release()
 
 
 def read_drawings() -> list[Drawing]:

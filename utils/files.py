@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import weakref
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -120,6 +123,28 @@ def claimed(folder: Path, key: str) -> Iterator[None]:
     try:
         if not lock.acquire(wait=False):
             raise UserError(f"{key} {folder}: another run is writing there; wait for it to end")
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def in_turn(folder: Path, key: str) -> Iterator[None]:
+    """Makes a folder and holds it, after the process that holds it now; who waited looks whether the work is done.
+
+    Args:
+        folder: The folder.
+        key: The option that names it, for the message.
+
+    Raises:
+        UserError: If it cannot be written to.
+    """
+    make_folder(folder, key)
+    lock = FolderLock(folder)
+    try:
+        if not lock.acquire(wait=False):
+            log.info("another process is at work in %s; waiting for it", folder)
+            lock.acquire(wait=True)
         yield
     finally:
         lock.release()

@@ -32,7 +32,7 @@ from dataset.pictures.draws import Floats
 from dataset.pictures.kernels import resize_box
 from dataset.pictures.reading import Pictures
 from dataset.pictures.transforms import View, crop_boxes, cropped_box, flips
-from utils.files import FolderLock, atomic, make_folder, sync_folder
+from utils.files import atomic, in_turn, sync_folder
 from utils.progress import progress
 from utils.threads import in_threads
 
@@ -150,17 +150,10 @@ def cached_pictures(pictures: Pictures, folder: Path, name: str, stored_size: in
     stamp = _digest(_LAYOUT, *map(_state_of_file, files))
     sizes = _whole(folder, stamp)
     if sizes is None:
-        make_folder(folder, "dataset.cache")
-        lock = FolderLock(folder)
-        try:
-            if not lock.acquire(wait=False):
-                log.info("picture cache of %s: waiting for the process that is building it in %s", name, folder)
-                lock.acquire(wait=True)
+        with in_turn(folder, "dataset.cache"):
             sizes = _whole(folder, stamp)  # another process may have built it in the meantime
             if sizes is None:
                 sizes = _build(pictures, folder, name, stored_size, stamp)
-        finally:
-            lock.release()
     cached = CachedPictures(folder / PIXELS, sizes)
     cached.view(0, View.SQUASHED, 1, None)  # maps the file and compiles, so that worker processes inherit both
     return cached
