@@ -2,6 +2,9 @@
 
 Nothing in a file is executed: SciPy's reader and HDF5 know only data, and .npy files are read without pickles. A file
 may claim or unpack to `_FLOOR` bytes and `_FACTOR` times its own size; whatever asks for more is refused unread.
+
+hdf5storage 0.2.2 reads v7.3 too, but follows references without bound (a file of 3.6 kB took 2.2 GB), and read 700
+cells a second of a list of captions where this took 1,200.
 """
 
 import io

@@ -4,6 +4,9 @@ Two paths give the same pixels: Pillow, for pictures read one by one, and weight
 pictures that lie side by side on a device. Random choices come in as numbers, see `dataset.pictures.draws`.
 """
 
+# Not torchvision: on Pillow pictures its v2 resize and crop call Pillow too (60 of 60 pictures bit-equal, no gain in
+# time beyond noise); on tensors it took 0.94 ms a picture for 2.44 here, but all of 40 pictures differed, by up to 2.
+
 import math
 from enum import Enum
 
