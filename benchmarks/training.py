@@ -154,7 +154,9 @@ def build(config: Config, data: MatDataset, shape: ClipShape, towers: type[CLIP]
     torch.manual_seed(config.run.seed)
     info = DataInfo(
         num_train=len(data.splits.train),
-        field_shapes={name: value for name, value in data.offers("train").items() if name in cls.fields},
+        field_shapes={
+            name: value for name, value in data.offers("train").items() if name in config.model.reads(cls.fields)
+        },
         train_labels=data.labels[data.splits.train].float(),
         backbone=Backbone(shape, None, "random weights"),
         seed=config.run.seed,

@@ -21,6 +21,7 @@ class Batch(Mapping[str, Tensor]):
     * `counterpart_image` [B, 3, R, R], `counterpart_caption` [B, L]: the picture that stands in for a text's missing
       partner, and that picture's caption (VTPH).
     * `bag_of_words` [B, V] float32: 1 where a vocabulary word occurs in the text.
+    * `image_feature` [B, W], `text_feature` [B, V] float32: stored features, as they stand in a file.
 
     Args:
         fields: Named tensors, all with the same number of rows.
@@ -176,7 +177,7 @@ class DataInfo:
     def clip(self) -> Backbone:
         """The backbone, for models that have one."""
         if self.backbone is None:
-            raise ValueError("this model's Config does not derive from ClipModelConfig, so no backbone was opened")
+            raise ValueError("this model's settings name no backbone, so none was opened")
         return self.backbone
 
     @property

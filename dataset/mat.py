@@ -19,7 +19,7 @@ from common.config import DataPath
 from common.errors import UserError
 from common.registry import DATASETS
 from dataset.base import Contents, PairedConfig, PairedDataset, Split
-from dataset.columns import CaptionColumn, PictureColumn
+from dataset.columns import CaptionColumn, MatrixColumn, PictureColumn
 from dataset.mat_reader import number_matrix, read_variable, text_rows
 from dataset.pictures.reading import JoinedPictures, PictureFiles, Pictures, resolve_paths
 from dataset.texts.captions import Captions
@@ -32,6 +32,8 @@ TOPIC_KEYS = ("T_tr", "T_te")
 CAPTION_KEYS = ("caption", "tags", "YAll", TOPIC_KEYS[0])
 LABEL_KEYS = ("category", "label", "labels", "LAll")
 IMAGE_CAPTION_KEYS = ("image_caption",)
+IMAGE_FEATURE_KEYS = ("image_feature", "image_features", "img_feature", "I_fea", "XAll")
+TEXT_FEATURE_KEYS = ("text_feature", "text_features", "txt_feature", "T_fea", "YAll")
 QUERY_LIST_KEYS = ("indexQuery", "param/indexQuery")
 DATABASE_LIST_KEYS = ("indexDatabase", "param/indexDatabase")
 COUNTERPART_SOURCE = "source.json"  # what data/make_generated_images.py notes beside the pictures it makes
@@ -46,6 +48,8 @@ class MatConfig(PairedConfig):
     captions: list[str] = Field(min_length=1)  # .mat, or .txt with one caption a line; or word vectors
     labels: list[str] = Field(min_length=1)
     image_captions: list[str]  # optional: sentences that describe the pictures; .mat, .txt, or .jsonl
+    image_features: list[str]  # optional: stored features of the pictures, a row each; .mat, .h5 or .npy
+    text_features: list[str]  # optional: ... of the texts, of any other width
     query_counterpart: Literal["generated", "text_only", "paired"]  # what stands in for a text query's picture
     database_counterpart: Literal["paired", "text_only"]  # whether database texts go with their own picture
     counterpart_images: DataPath | None  # generated: folder with 1.png, 2.png, ... in the order of the query split
@@ -71,6 +75,8 @@ class MatDataset(PairedDataset):
     def __init__(self, config: MatConfig) -> None:
         super().__init__(config)
         self._add_image_captions()
+        self._add_features("image_feature", config.image_features, IMAGE_FEATURE_KEYS)
+        self._add_features("text_feature", config.text_features, TEXT_FEATURE_KEYS)
         if config.query_counterpart == "generated":
             self._add_generated_counterparts()
 
@@ -107,6 +113,9 @@ class MatDataset(PairedDataset):
                 alone = f", or set dataset.{split}_counterpart=text_only" if field.startswith("counterpart_") else ""
                 return f"put one of {names} into {config.root} (data/make_image_captions.py makes it){alone}"
             return "set dataset.query_counterpart to generated (and name the generated pictures) or paired"
+        if field in ("image_feature", "text_feature"):
+            names = ", ".join(getattr(config, f"{field}s")) or f"a file named in dataset.{field}s"
+            return f"put one of {names} into {config.root}, or let the method make features of its own"
         return super().way_out(field, split)
 
     def marks(self, fields: frozenset[str]) -> tuple[str, ...]:
@@ -151,6 +160,25 @@ class MatDataset(PairedDataset):
             if self._counterpart(split) == "paired":
                 columns["counterpart_image"] = columns["image"]
                 columns["counterpart_caption"] = columns["image_caption"]
+
+    def _add_features(self, field: str, files: Sequence[str], keys: Sequence[str]) -> None:
+        """Stored features, if the data set has such a file."""
+        path = next(
+            (Path(self.config.root) / name for name in files if (Path(self.config.root) / name).is_file()), None
+        )
+        if path is None:
+            return
+        variable = read_variable(path, keys)
+        features = number_matrix(variable.value, len(self))
+        if features is None:
+            raise UserError(f"{variable.place} is no matrix of features, one row per pair [N, W]; make it again")
+        _check_lengths({_file(Path(self.config.root), self.config.index, "index"): self.names, path: features})
+        with np.errstate(over="ignore"):  # found below
+            matrix = torch.from_numpy(np.array(features, dtype=np.float32, order="C"))
+        if not bool(matrix.isfinite().all()):
+            raise UserError(f"{variable.place} holds values that are not finite as float32; make it again")
+        for split, columns in self.columns.items():
+            columns[field] = MatrixColumn(matrix, self.splits.items(split))
 
     def _add_generated_counterparts(self) -> None:
         """Pictures made from the query texts, as further pictures after those of the index."""

@@ -25,12 +25,21 @@ class ModelConfig(Section):
     name: str  # registered name of the method
     bits: int = Field(gt=0, le=65536)  # K, length of a code
 
+    def reads(self, fields: frozenset[str]) -> frozenset[str]:
+        """The batch fields that a model with these settings reads where its class names `fields`."""
+        return fields
+
 
 class ClipModelConfig(ModelConfig):
     """`model:` section of a method on CLIP; the run opens the backbone that it names."""
 
     # ViT-B/32 | ViT-B/16 | ViT-L/14, a weight file, or the config of a run that trains one
     backbone: Annotated[str, Mark.READ]
+
+    @property
+    def opens_backbone(self) -> bool:
+        """Whether these settings have a use for the backbone."""
+        return True
 
 
 ParamGroups = dict[str, dict[str, list[nn.Parameter]]]
@@ -47,9 +56,10 @@ class HashingModel(nn.Module, ABC):
     """
 
     Config: ClassVar[type[ModelConfig]]
-    fields: ClassVar[frozenset[str]]  # batch fields of training_step; what is not named is not handed over
-    image_fields: ClassVar[frozenset[str]] = frozenset({"image"})  # batch fields of encode_image
-    text_fields: ClassVar[frozenset[str]] = frozenset({"text"})  # batch fields of encode_text
+    # Named by the class; those of a model are what its settings make of them, see ModelConfig.reads.
+    fields: frozenset[str]  # batch fields of training_step; what is not named is not handed over
+    image_fields: frozenset[str] = frozenset({"image"})  # batch fields of encode_image
+    text_fields: frozenset[str] = frozenset({"text"})  # batch fields of encode_text
     optional_fields: ClassVar[frozenset[str]] = frozenset()  # of the above: those that a split may lack
     reference_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement), see import_reference
     reference_lacks: ClassVar[tuple[str, ...]] = ()  # patterns of state for may_be_absent
@@ -58,6 +68,8 @@ class HashingModel(nn.Module, ABC):
         """Builds modules, and buffers of final shape. Opens no file and moves nothing."""
         super().__init__()
         self.bits = config.bits
+        self.fields = config.reads(self.fields)
+        self.image_fields, self.text_fields = config.reads(self.image_fields), config.reads(self.text_fields)
 
     def prepare(self, data: DataInfo) -> None:  # noqa: B027 - most methods have nothing to prepare
         """Fills parameters and buffers once per run, before the first step; not called when resuming."""

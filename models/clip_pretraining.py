@@ -12,7 +12,7 @@ Results reproduced: none, the paper's are of 400 million pairs; the towers equal
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class ContrastivePretraining(HashingModel):
             """Sizes of the towers."""
             return ClipShape(**{size.name: getattr(self, size.name) for size in dataclasses.fields(ClipShape)})
 
-    fields: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    fields = frozenset({"image", "text"})
 
     def __init__(self, config: Config, data: DataInfo) -> None:
         super().__init__(config, data)

@@ -152,9 +152,10 @@ def build_model(
     """
     cls: type[HashingModel] = MODELS.get(config.model.name)
     if training:
-        dataset.require("train", cls.fields - cls.optional_fields)
+        dataset.require("train", config.model.reads(cls.fields - cls.optional_fields))
     for split in ENCODED_SPLITS:
-        dataset.require(split, (cls.image_fields | cls.text_fields) - (cls.optional_fields - dataset.promised(split)))
+        needed = (cls.image_fields | cls.text_fields) - (cls.optional_fields - dataset.promised(split))
+        dataset.require(split, config.model.reads(needed))
     states: dict[str, Tensors] = {}  # what stands before the names -> the model that the checkpoint may hold there
     if loaded is not None:
         inside = {"": loaded.model} if loaded.is_ours else unwrapped(loaded.model)
@@ -176,9 +177,9 @@ def build_model(
 
 def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, states: list[Tensors]) -> DataInfo:
     """What the model may know before the first batch; labels only if it names them."""
-    fields = cls.fields | cls.image_fields | cls.text_fields
+    fields = config.model.reads(cls.fields | cls.image_fields | cls.text_fields)
     backbone = None
-    if isinstance(config.model, ClipModelConfig):
+    if isinstance(config.model, ClipModelConfig) and config.model.opens_backbone:
         prefix = "backbone."
         found = (
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

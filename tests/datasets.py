@@ -27,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "cache": None,
     "text_length": 12,
     "vocabulary": 5,
+    "image_features": ["image_feature.npy", "image_feature.mat", "image_feature.h5"],
+    "text_features": ["text_feature.npy", "text_feature.mat", "text_feature.h5"],
     "query_counterpart": "text_only",
     "database_counterpart": "paired",
     "counterpart_images": None,

@@ -414,6 +414,42 @@ def test_image_captions_and_counterparts(root, form):
         data.require("query", frozenset(counterparts))
 
 
+@pytest.mark.parametrize("form", ["mat", "npy", "h5"])
+def test_stored_features(root, form):
+    image, text = (np.random.default_rng(seed).normal(size=(ITEMS, 3 + seed)) for seed in (1, 2))
+    for name, features in (("image_feature", image), ("text_feature", text)):
+        path = root / f"{name}.{form}"
+        if form == "mat":
+            scipy.io.savemat(path, {name: features})
+        elif form == "npy":
+            np.save(path, features)
+        else:
+            with h5py.File(path, "w") as file:
+                file[name] = features
+    data = datasets.opened(root)
+    for split in ("query", "train", "database"):
+        for name, features in (("image_feature", image), ("text_feature", text)):
+            items = data.splits.items(split)
+            rows = data.columns[split][name].rows(torch.arange(len(items)), torch.zeros(len(items)))
+            assert torch.equal(rows, torch.from_numpy(features).float()[items])
+    assert {"image_feature", "text_feature"} <= data.constant_fields("train")
+
+
+@pytest.mark.parametrize(
+    ("features", "match"),
+    [
+        (np.ones((ITEMS - 1, 3)), "image_feature.npy has 23 items; they must list the same pairs"),
+        (np.ones(ITEMS), "is no matrix of features"),
+        (np.array([["a"]] * ITEMS), "is no matrix of features"),
+        (np.full((ITEMS, 2), 1e39), "not finite as float32"),
+        (np.full((ITEMS, 2), np.nan), "not finite as float32"),
+    ],
+)
+def test_stored_features_that_are_none(root, features, match):
+    np.save(root / "image_feature.npy", features)
+    refused(match, root)
+
+
 def generated(root):
     folder = root / "generated"
     folder.mkdir()

@@ -37,6 +37,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every
         {"short_fallback": "hadamard_pm", "bits": 4, "short_bits": [4]},
         {"transform": "trained", "transform_training": {**section("TwDH")["transform_training"], "epochs": 2}},
     ],
+    "UCCH": [
+        {"input": "features"},
+        {"warmup_epochs": 0},
+        {"warmup_epochs": 0, "input": "features", "cache_features": False, "memory_init": "reference"},
+    ],
     "UMoED": [
         *({"distance": name} for name in ("euclidean", "smooth_chamfer", "chamfer", "max", "avg")),
         {"distribution_temperature": None},
@@ -65,6 +70,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [  # method, settings, what is 
     ("DNPH", {"classifier_outputs": 3}, rf"model\.classifier_outputs is 3.*{CLASSES} classes"),
     ("MITH", {"bits": 4, "top_k": 8}, "must be at most model.bits, which is 4"),
     ("TwDH", {"bits": 24}, "must hold model.bits, which is 24"),
+    ("UCCH", {"negatives": 12}, rf"model\.negatives is 12, but the training split has {ROWS} pairs"),
+    ("UCCH", {"contrast_share": 1.5}, "contrast_share"),
     ("UMoED", {"set_size": 5}, r"must divide model\.bits, which is 16"),
     ("UMoED", {"bits": 64, "set_size": 2}, "must be at least 4"),
     ("UMoED", {"set_size": 0}, "greater than 0"),

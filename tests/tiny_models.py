@@ -29,6 +29,7 @@ SHAPE = ClipShape(
 ROWS, CLASSES, LENGTH, WORDS = 11, 5, 12, 20
 SMALL: dict[str, dict[str, Any]] = {  # what a method's own YAML makes large, beside `bits`; most methods need no entry
     "CLIP": {"bits": SHAPE.embed_dim, **dataclasses.asdict(SHAPE)},
+    "UCCH": {"image_hidden": [24], "text_hidden": [], "negatives": 8},
     "UMoED": {"layers": 2, "feed_forward_width": 128},
 }
 
@@ -71,6 +72,8 @@ def rows_of(seed: int = 0) -> Batch:
             "counterpart_image": pictures(),
             "counterpart_caption": texts(),
             "bag_of_words": (torch.rand(ROWS, WORDS, generator=draw) < 0.2).float(),
+            "image_feature": torch.randn(ROWS, 24, generator=draw),
+            "text_feature": torch.randn(ROWS, 9, generator=draw),
         }
     )
 

@@ -104,6 +104,29 @@ class MethodCase:
             "max_grad_norm": recorded["max_grad_norm"],
         }
 
+    def adam(self, optimizers: Mapping[str, Mapping[str, str]]) -> Tree:
+        """Settings of the reference's Adam.
+
+        Args:
+            optimizers: Our optimizer name -> key prefix of a reference group -> our group name.
+        """
+        recorded = self.cfg["optimizer"]
+        rates = {group["prefix"]: float(group["lr"]) for group in recorded["param_groups"]}
+        return {
+            name: {
+                "type": recorded["arch"],
+                "lr": {ours: rates[prefix] for prefix, ours in groups.items()},
+                "b1": recorded["b1"],
+                "b2": recorded["b2"],
+                "eps": recorded["e"],
+                "weight_decay": recorded["weight_decay"],
+                "max_grad_norm": recorded["max_grad_norm"],
+                "milestones": [],
+                "milestone_factor": 1.0,
+            }
+            for name, groups in optimizers.items()
+        }
+
     def optim_config(self) -> dict[str, OptimizerConfig]:
         """`optim_section`, checked."""
         return {
