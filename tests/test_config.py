@@ -89,7 +89,7 @@ def test_scientific_notation_is_a_number_everywhere() -> None:
         (["run.runner=Runer"], ["unknown runner 'Runer'", "did you mean 'Runner'"]),
         (["dataset.type=matt"], ["unknown dataset 'matt'", "did you mean 'mat'? Registered: "]),
         (["dataset.type=pickle"], ["unknown dataset 'pickle'; registered: "]),
-        (["optim.main.type=Adam"], ["unknown optimizer 'Adam'"]),
+        (["optim.main.type=RMSprop"], ["unknown optimizer 'RMSprop'"]),
         (["optim.main.lr.head=-1"], ["optim.main.lr.head"]),
         (["runs.seed=1"], ["runs: unknown section", "did you mean 'run'"]),
         (["run.checkpoint_every=soon"], ["run.checkpoint_every", "'soon'", "integer or", 'minutes such as "10m"']),

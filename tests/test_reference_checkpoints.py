@@ -18,7 +18,7 @@ from runners.setup import ENCODED_SPLITS, make_loader, open_dataset
 from tests import tiny_data
 from tests.commands import ROOT, refused, run
 from tests.parity_cases import open_case
-from tests.tiny_models import build
+from tests.tiny_models import SMALL, build
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [  # golden file, settings of its variant, start of the names that the authors do not save
@@ -62,6 +62,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, object], tuple[tuple[str, str], ...], tu
                            ("text.encoder.2.", "TxtNet.fc2.")), ()),
     "JDSH": ("CFRH", {}, (*GAN, ("image.encoder.", "ImgNet.fc_encode."), ("text.encoder.0.", "TxtNet.net.0."),
                           ("text.encoder.2.", "TxtNet.net.2.")), ()),
+    "UCCH": ("UCCH", {**SMALL["UCCH"], "input": "features"},
+             (("image_net.", "image_model_state_dict.fc."), ("text_net.", "text_model_state_dict.fc.")),
+             ("memory.rows",)),
 }  # fmt: skip
 TWDH, VTPH = "TwDH-unified-b16B8C24s2003", "VTPH-original-b16B8C24s1901"
 

@@ -144,6 +144,24 @@ def test_stored_features_of_another_width_than_the_checkpoint_s(tmp_path: Path, 
     assert "does not fit UCCH" in error and "text_net.0.weight: (16, 6) there, (16, 7) here" in error
 
 
+def test_checkpoint_of_the_authors(tmp_path: Path, arguments: list[str]) -> None:
+    """Their file: a state dict for each network, numbers beside them, no memory."""
+    torch.manual_seed(3)
+    nets = {"image": torch.nn.Linear(20, 16), "text": torch.nn.Linear(6, 16)}
+    saved = {
+        f"{name}_model_state_dict": {f"fc.0.{key}": value for key, value in net.state_dict().items()}
+        for name, net in nets.items()
+    }
+    torch.save({**saved, "epoch": 3, "Avg": 0.5}, tmp_path / "best.t7")
+    code, _, err = commands.run(*arguments, "model.image_hidden=[]", "--evaluate", str(tmp_path / "best.t7"))
+    assert code == 0, err
+    with np.load(tmp_path / "run/codes-best.npz") as codes:
+        found = np.concatenate([codes["q_txt"], codes["r_txt"]])
+    features = torch.from_numpy(np.load(tmp_path / "text.npy"))
+    wanted = (nets["text"](features) >= 0).numpy() * 2 - 1
+    assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, wanted.tolist()))
+
+
 def test_stored_features_that_are_missing_or_of_another_length(tmp_path: Path, arguments: list[str]) -> None:
     np.save(tmp_path / "image.npy", np.ones((tiny_data.PAIRS - 1, 20), np.float32))
     assert "image.npy has 55 items; they must list the same pairs" in commands.refused(*arguments)
