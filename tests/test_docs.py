@@ -10,7 +10,9 @@ from common.yaml_layers import flatten, read_yaml
 from main import parse_arguments
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("[a-z]*/README.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("[a-z]*/README.md")]
+)
 SOURCES = {path: path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if "result" not in path.parts}
 TEXT = "\n".join(SOURCES.values())
 YAML = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").rglob("*.yaml"))}
