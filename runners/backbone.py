@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from common.config import FREE_KEYS, Config, build_config, load_config
@@ -14,7 +15,7 @@ from common.yaml_layers import flatten
 from models.clip.weights import is_config, open_backbone, read_clip, write_clip
 from models.clip_pretraining import export_clip
 from utils.distributed import barrier, from_main, is_main
-from utils.files import FolderLock, make_folder
+from utils.files import in_turn
 from utils.signals import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -45,18 +46,10 @@ def _trained_backbone(name: str, config: Config) -> Backbone:
     recipe = _recipe(name, config)
     folder = _cache_folder(recipe, config)
     weights = folder / "weights.safetensors"
-    lock = None
-    if is_main():
-        make_folder(folder, "run.cache_dir")
-        lock = FolderLock(folder)
-        if not lock.acquire(wait=False):
-            logger.info("another process is training the backbone %s; waiting for it", name)
-            lock.acquire(wait=True)
-    if not from_main(weights.exists()):
-        logger.info("backbone %s is not in the cache; training it now, once, into %s", name, weights)
-        _train(_moved(recipe, folder / "run"), weights, config)
-    if lock is not None:
-        lock.release()
+    with in_turn(folder, "run.cache_dir") if is_main() else nullcontext():
+        if not from_main(weights.exists()):
+            logger.info("backbone %s is not in the cache; training it now, once, into %s", name, weights)
+            _train(_moved(recipe, folder / "run"), weights, config)
     barrier()
     try:
         return read_clip(weights)

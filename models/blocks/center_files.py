@@ -32,7 +32,7 @@ from models.blocks.hash_centers import (
     wrong_bits,
 )
 from utils.distributed import barrier, is_main
-from utils.files import FolderLock, atomic, make_folder
+from utils.files import atomic, in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -242,20 +242,17 @@ def _kept(cache: Path, inputs: Mapping[str, Any], make: Callable[[], HashCenters
     sizes = inputs["classes"], inputs["long_bits"], inputs["short_bits"]
     if not is_main():
         barrier()
-    make_folder(path.parent, "run.cache_dir")
-    lock = FolderLock(path.parent)
     try:
-        lock.acquire(wait=True)
-        if path.exists():
-            try:
-                return read_centers(path, *sizes, transforms=True)
-            except UserError as error:
-                logger.warning("%s; making them anew", error)
-        centers = make()
-        write_centers(path, centers, inputs)
-        return centers
+        with in_turn(path.parent, "run.cache_dir"):
+            if path.exists():
+                try:
+                    return read_centers(path, *sizes, transforms=True)
+                except UserError as error:
+                    logger.warning("%s; making them anew", error)
+            centers = make()
+            write_centers(path, centers, inputs)
+            return centers
     finally:
-        lock.release()
         if is_main():
             barrier()
 

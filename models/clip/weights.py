@@ -27,7 +27,7 @@ from common.registry import near_names
 from common.tensor_files import CHECKSUM, checksum, read_tensors, require_finite
 from common.types import Backbone
 from models.clip.formats import activation_of, require_exact, shape_of, to_openai_names
-from utils.files import FolderLock, atomic, make_folder, sha256
+from utils.files import atomic, in_turn, sha256
 from utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -136,17 +136,10 @@ def _openai_file(name: str, folder: Path) -> Path:
     digest, file = OPENAI[name]
     path = folder / file
     if not path.exists():
-        make_folder(folder, "run.cache_dir")
-        lock = FolderLock(folder)
-        try:
-            if not lock.acquire(wait=False):
-                logger.info("%s: another process is fetching into %s; waiting for it", name, folder)
-                lock.acquire(wait=True)
+        with in_turn(folder, "run.cache_dir"):
             if not path.exists():
                 base = os.environ.get("CLIP_WEIGHTS_URL", OPENAI_URL).rstrip("/")
                 _fetch(name, f"{base}/{digest}/{file}", path, digest)
-        finally:
-            lock.release()
     elif sha256(path) != digest:
         raise UserError(f"{name}: {path} is not OpenAI's file (its SHA-256 differs); delete it, and it is fetched anew")
     return path
