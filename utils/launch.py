@@ -1,6 +1,5 @@
 """Processes: which devices a run uses, starting one process per device, joining the others, failing together."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
 from utils.distributed import local_rank
+from utils.signals import end_with_parent
 
 _PROCESSES_A_CORE = 4  # more only wait for each other
 _GRACE = 5.0  # seconds that processes have to end by themselves once one has failed
@@ -110,7 +110,7 @@ def meet() -> None:
     global _store
     if not in_group():
         return
-    _end_with_parent()
+    end_with_parent()
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=5)))
     except (RuntimeError, ValueError, OSError) as error:
@@ -203,7 +203,7 @@ def launch(count: int) -> int:
             [sys.executable, *sys.argv],
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches them once, through this process
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         for rank in range(count)
     ]
@@ -224,7 +224,9 @@ def launch(count: int) -> int:
     _end(processes)
     told = _of_this_attempt(store)
     said = told.check([_FAILED])
-    code = processes[int(told.get(_FAILED)) if said else failed].returncode
+    code = processes[failed].returncode
+    if said and (code > 0 or -code in passed_on):  # a process killed by others tells nobody, but it was the first
+        code = processes[int(told.get(_FAILED))].returncode
     if not said and -code not in passed_on:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         sys.stderr.write(
@@ -241,9 +243,3 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
             for process in processes:
                 process.kill()
         time.sleep(0.1)
-
-
-def _end_with_parent() -> None:
-    """Asks Linux to send this process SIGTERM when its parent is gone, so that a killed launcher leaves no orphans."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM end the step, not the work."""
+"""Ctrl-C and SIGTERM end the step, not the work; a process that is gone takes those that it started with it."""
 
+import ctypes
 import signal
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -50,3 +51,9 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
+
+
+def end_with_parent() -> None:
+    """Asks Linux to send this process SIGTERM when its parent is gone, so that a killed one leaves no orphans."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

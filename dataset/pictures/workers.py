@@ -1,5 +1,6 @@
 """`loader: workers`: processes that read and transform pictures while the model computes."""
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +12,7 @@ from common.errors import UserError
 from dataset.pictures.jobs import Job
 from dataset.pictures.reading import Pictures
 from dataset.pictures.transforms import View, normalise
+from utils.signals import end_with_parent
 
 
 class WorkerSource:
@@ -118,6 +120,10 @@ def _as_it_is(result: list[Tensor] | str) -> list[Tensor] | str:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """Ctrl-C reaches the whole process group; the parent decides what it means, and ends its workers by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and torchrun reach whole process groups; the parent decides what they mean, and ends its workers.
+
+    A worker ends with a killed parent, too: it would keep the parent's connections open, and its peers waiting.
+    """
+    os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
