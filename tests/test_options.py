@@ -42,6 +42,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every
         {"warmup_epochs": 0},
         {"warmup_epochs": 0, "input": "features", "cache_features": False, "memory_init": "reference"},
     ],
+    "UCMFH": [{"missing": "paired"}, {"cache_features": False, "layers": 1, "heads": 1}],
     "UMoED": [
         *({"distance": name} for name in ("euclidean", "smooth_chamfer", "chamfer", "max", "avg")),
         {"distribution_temperature": None},
@@ -72,6 +73,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [  # method, settings, what is 
     ("TwDH", {"bits": 24}, "must hold model.bits, which is 24"),
     ("UCCH", {"negatives": 12}, rf"model\.negatives is 12, but the training split has {ROWS} pairs"),
     ("UCCH", {"contrast_share": 1.5}, "contrast_share"),
+    ("UCMFH", {"heads": 3}, "model.heads is 3, which does not divide 128"),
+    ("UCMFH", {"input": "features"}, "features of pictures have 24 values and those of texts 9"),
+    ("UCMFH", {"missing": "mean"}, "missing"),
     ("UMoED", {"set_size": 5}, r"must divide model\.bits, which is 16"),
     ("UMoED", {"bits": 64, "set_size": 2}, "must be at least 4"),
     ("UMoED", {"set_size": 0}, "greater than 0"),

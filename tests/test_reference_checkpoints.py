@@ -65,6 +65,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, object], tuple[tuple[str, str], ...], tu
     "UCCH": ("UCCH", {**SMALL["UCCH"], "input": "features"},
              (("image_net.", "image_model_state_dict.fc."), ("text_net.", "text_model_state_dict.fc.")),
              ("memory.rows",)),
+    "UCMFH": ("UCMFH", SMALL["UCMFH"],
+              (("backbone.", "backbone."), ("fusion.", "FusionTransformer.transformerEncoder.layers."),
+               ("image_head.", "ImageMlp."), ("text_head.", "TextMlp."), ("Mlp.hidden.", "Mlp.fc1."),
+               ("Mlp.out.", "Mlp.tohash.")), ()),
 }  # fmt: skip
 TWDH, VTPH = "TwDH-unified-b16B8C24s2003", "VTPH-original-b16B8C24s1901"
 

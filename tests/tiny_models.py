@@ -30,6 +30,7 @@ ROWS, CLASSES, LENGTH, WORDS = 11, 5, 12, 20
 SMALL: dict[str, dict[str, Any]] = {  # what a method's own YAML makes large, beside `bits`; most methods need no entry
     "CLIP": {"bits": SHAPE.embed_dim, **dataclasses.asdict(SHAPE)},
     "UCCH": {"image_hidden": [24], "text_hidden": [], "negatives": 8},
+    "UCMFH": {"feed_forward_width": 32, "hidden_width": 32},
     "UMoED": {"layers": 2, "feed_forward_width": 128},
 }
 
