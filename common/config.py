@@ -5,27 +5,23 @@ ranges live in the schemas only.
 """
 
 import logging
-import os
 import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 
 from common.errors import UserError
+from common.places import Mark, locate, marks_of
 from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
-from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, check_values, flatten, read_layers
+from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, read_layers
 
 logger = logging.getLogger(__name__)
 SECTIONS = ("model", "dataset", "optim", "run", "evaluate")
-CHECKPOINT = "the checkpoint"  # as the origin of a value
-ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 # Keys that change where or how fast a run computes, but not what: they may differ when a run goes on.
 FREE_KEYS = frozenset(
@@ -40,16 +36,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, protected_namespaces=()
     )
-
-
-class Mark(Enum):
-    """What a setting is beside its value, as the metadata of its annotation."""
-
-    OF_MACHINE = "a place or processes: of the machine, not of the experiment, so that a checkpoint's is never obeyed"
-    READ = "a path that is read: in a YAML file, relative to the file, the repository, or the working directory"
-
-
-DataPath = Annotated[str, Mark.OF_MACHINE, Mark.READ]
 
 
 class DatasetConfig(Section):
@@ -172,7 +158,7 @@ class Config:
             f"{name}.{key}": getattr(section, key)
             for name, section in sections.items()
             for key, field in type(section).model_fields.items()
-            if Mark.READ in _marks(field)
+            if Mark.READ in marks_of(field)
         }
 
     def to_yaml(self) -> str:
@@ -248,72 +234,6 @@ def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides
     if errors:
         raise UserError(_joined(errors))
     return Config(tree=tree, origins=origins, **checked)
-
-
-def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
-    """The configuration that a checkpoint of this library holds, without what belongs to the machine it was made on.
-
-    Results go beside the checkpoint. Devices, folders and processes are those of `configs/base.yaml`, the places of a
-    known data set those of its YAML, unless the command line says otherwise. Only where data are read a path of the
-    checkpoint may serve, if it is there; nothing is written or made where a checkpoint says.
-
-    Args:
-        tree: The stored configuration.
-        path: The checkpoint.
-        overrides: Entries `section.key=value`.
-
-    Raises:
-        UserError: As `load_config`; if a place of the data is neither known nor given.
-    """
-    check_values(tree, f"checkpoint {path}")
-    origins = dict.fromkeys(flatten(tree), CHECKPOINT)
-    own = apply_overrides(tree, origins, [])
-    own["run"] = own["run"] if isinstance(own.get("run"), dict) else {}
-    own["dataset"] = own["dataset"] if isinstance(own.get("dataset"), dict) else {}
-    _take_places(own, "run", RunConfig, ROOT / "configs/base.yaml", origins)
-    beside = str(path.resolve().parent).replace("{", "{{").replace("}", "}}")
-    own["run"]["save_dir"], origins["run.save_dir"] = beside, "beside the checkpoint"
-    kind, name = own["dataset"].get("type"), own["dataset"].get("name")
-    if isinstance(kind, str) and isinstance(name, str):
-        known = ROOT / "configs/datasets" / f"{re.sub(r'[^A-Za-z0-9_-]', '', name)}.yaml"
-        _take_places(own, "dataset", DATASETS.get(kind).Config, known, origins)
-    own = apply_overrides(own, origins, overrides)
-    for key, value in flatten(own).items():
-        if value is _NOT_TAKEN:
-            raise UserError(
-                f"{key} is a place on the machine on which {path} was made, so it is not taken from there; name it "
-                f"with {key}=..., or give the run's configuration with --config-file"
-            )
-    config = build_config(own, origins)
-    places = {f"{section}.{key}" for section in ("run", "dataset") for key in _places(getattr(config, section))}
-    said = [f"{key}={value} ({origins[key]})" for key, value in flatten(own).items() if key in places]
-    logger.info("settings of %s, with these places and processes: %s", path, ", ".join(said))
-    return config
-
-
-_NOT_TAKEN = "\0 of another machine"  # no setting can have this value
-
-
-def _take_places(tree: Tree, section: str, schema: type[Section], file: Path, origins: dict[str, str]) -> None:
-    """Replaces what belongs to the machine by the values of a YAML file; what is null stays null.
-
-    A path that is only read stays, too, where it leads to something and that of the YAML file does not.
-    """
-    given = read_layers(file, {}, ()).get(section, {}) if file.is_file() else {}
-    for key, field in schema.model_fields.items():
-        stored, marks = tree[section].get(key), _marks(field)
-        if Mark.OF_MACHINE not in marks or stored is None:
-            continue
-        here = given.get(key)
-        there = isinstance(here, str) and Path(locate(here, str(file))).exists()
-        if Mark.READ in marks and not there and isinstance(stored, str) and Path(stored).exists():
-            continue
-        tree[section][key] = here if key in given or Mark.READ not in marks else _NOT_TAKEN
-        origins[f"{section}.{key}"] = str(file)
-    for key, value in tree[section].items():
-        for name in value if isinstance(value, list) else []:
-            if isinstance(name, str) and (Path(name).is_absolute() or ".." in Path(name).parts):
-                raise UserError(f"{section}.{key} of a checkpoint names {name!r}, which may lie anywhere; refused")
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -457,52 +377,13 @@ def _found(schema: type[Section], value: Tree, place: str, origins: Mapping[str,
     """The section with the paths that are read as they are found from the working directory."""
     found = dict(value)
     for key, field in schema.model_fields.items():
-        if Mark.READ in _marks(field):
+        if Mark.READ in marks_of(field):
             origin, given = origins.get(f"{place}.{key}", COMMAND_LINE), found.get(key)
             if isinstance(given, str):
                 found[key] = locate(given, origin)
             elif isinstance(given, list):
                 found[key] = [locate(path, origin) if isinstance(path, str) else path for path in given]
     return found
-
-
-def _places(section: Section) -> list[str]:
-    """The settings of a section that belong to the machine and are not null."""
-    fields = type(section).model_fields.items()
-    return [key for key, field in fields if Mark.OF_MACHINE in _marks(field) and getattr(section, key) is not None]
-
-
-def _marks(field: FieldInfo) -> list[Any]:
-    """Metadata of a field's annotation, also of the one beside None."""
-    inner = [part for part in get_args(field.annotation) if get_origin(part) is Annotated]
-    return [*field.metadata, *(mark for part in inner for mark in get_args(part)[1:])]
-
-
-def locate(path: str, origin: str) -> str:
-    """A path that a setting names, as it is found from the working directory.
-
-    Args:
-        path: As it was written.
-        origin: The YAML file that names it, or the command line.
-
-    Returns:
-        Of a relative path in a YAML file, the first that is there: beside the file, in the repository, in the working
-        directory. If none is: for the repository's own files, where it would be in the repository; else as written.
-    """
-    if Path(path).is_absolute() or origin == COMMAND_LINE:
-        return path
-    file = Path(origin).resolve()
-    for folder in (file.parent, ROOT, Path.cwd()):
-        if (folder / path).exists():
-            return _short(folder / path)
-    own = file.is_relative_to(ROOT / "configs") and (ROOT / Path(path).parts[0]).is_dir()
-    return _short(ROOT / path) if own else path
-
-
-def _short(path: Path) -> str:
-    """A path relative to the working directory where it lies in there."""
-    path, here = Path(os.path.normpath(path)), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _is_union_tag(part: int | str, item: Mapping[str, Any]) -> bool:

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.config import DataPath
 from common.errors import UserError
+from common.places import DataPath
 from common.registry import DATASETS
 from dataset.base import Contents, PairedConfig, PairedDataset, Split
 from dataset.columns import CaptionColumn, MatrixColumn, PictureColumn

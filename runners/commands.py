@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import load
-from common.config import Config, checkpoint_config, has_section, load_config
+from common.checkpoint_config import checkpoint_config
+from common.config import Config, has_section, load_config
 from common.errors import UserError
 from common.registry import RUNNERS
 from common.yaml_layers import flatten

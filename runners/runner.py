@@ -21,13 +21,11 @@ from common.types import Progress, StepOutput
 from models.base import HashingModel
 from runners.evaluation import Evaluator, save_codes
 from runners.results import best_of, headline, results_table, summarise
+from runners.resuming import check_resumable, claim_folder, newest_checkpoint
 from runners.setup import (
     autocast,
     build_model,
     check_groups,
-    check_resumable,
-    claim_folder,
-    newest_checkpoint,
     open_dataset,
     split_backbone,
     training_loader,

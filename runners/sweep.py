@@ -12,8 +12,9 @@ from typing import Annotated
 from pydantic import Field
 
 from common.checkpoint import require_same
-from common.config import FREE_KEYS, Config, Mark, Section, load_config, load_section
+from common.config import FREE_KEYS, Config, Section, load_config, load_section
 from common.errors import UserError
+from common.places import Mark
 from common.registry import RUNNERS
 from common.yaml_layers import flatten
 from runners.comparison import RunFolder, write_summary

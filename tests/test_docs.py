@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("[a-z]*/README.md")]
 )
-SOURCES = {path: path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if "result" not in path.parts}
+HOUSE = ("common", "configs", "data", "dataset", "models", "runners", "tests", "utils", "benchmarks")
+SOURCES = {
+    path: path.read_text(encoding="utf-8")
+    for path in [ROOT / "main.py", *(path for name in HOUSE for path in (ROOT / name).rglob("*.py"))]
+}
 TEXT = "\n".join(SOURCES.values())
 YAML = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").rglob("*.yaml"))}
 SECTIONS = ("model", "dataset", "optim", "run", "evaluate", "sweep", "search")
@@ -37,7 +41,7 @@ def options_of(script: str) -> set[str]:
     return set(re.findall(r'"(--[\w-]+)"', "\n".join([SOURCES[ROOT / script], *shared])))
 
 
-FOLDERS = "common|configs|data|dataset|docs|models|runners|tests|utils|benchmarks"
+FOLDERS = "|".join((*HOUSE, "docs"))
 FILE = rf"[\w<>{{}},*./-]+\.(?:py|md|yaml|txt|sh|toml)\b|\b(?:{FOLDERS})/[\w<>{{}},*./-]+"
 
 

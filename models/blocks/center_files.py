@@ -17,8 +17,8 @@ import safetensors.torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor
 
-from common.config import Mark
 from common.errors import UserError
+from common.places import Mark
 from common.tensor_files import CHECKSUM, checksum, read_tensors
 from models.base import ClipModelConfig
 from models.blocks.hash_centers import (

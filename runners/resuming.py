@@ -1,0 +1,96 @@
+"""The folder of a run: whose it is, what lies in it, and whether a run may go on from there."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import Checkpoint, Checkpoints, load, require_same
+from common.config import FREE_KEYS, Config
+from common.errors import UserError
+from common.tensor_files import require_finite
+from common.yaml_layers import flatten
+from dataset.base import PairedDataset
+from utils.distributed import from_main, is_main, rank
+from utils.files import FolderLock, make_folder
+
+logger = logging.getLogger(__name__)
+
+
+def claim_folder(folder: Path, resume: bool) -> FolderLock:
+    """Makes a folder this process's own for one run.
+
+    Args:
+        folder: The run's folder, created if need be.
+        resume: Whether a run that lies there may be continued. Without it, only a run that has kept nothing yet may
+            lie there: it begins anew.
+
+    Returns:
+        The lock, held until its release or the process's end.
+
+    Raises:
+        UserError: If the folder cannot be written, is in use, or holds a run that is not to be continued.
+    """
+    make_folder(folder, "--save-dir")
+    lock = FolderLock(folder)
+    if not lock.acquire(wait=False):
+        raise UserError(f"another process is working in {folder}; wait for it, or choose another --save-dir")
+    if (folder / "config.yaml").exists() and not resume:
+        state = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
+        if not (folder / "log.jsonl").exists() or _holds_work(folder):  # without a log it is no run's config.yaml
+            raise UserError(
+                f"{folder} holds {state}: continue it with --resume, or choose another folder with --save-dir"
+            )
+        logger.info("the run in %s ended before its first checkpoint: beginning anew", folder)
+    return lock
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run's folder holds what beginning anew would lose: results, weights, or anything by checkpoints."""
+    kept = ("results.json", "best.pt", "checkpoints/[!.]*")
+    return any(any(folder.glob(pattern)) for pattern in kept)
+
+
+def newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
+    """The newest readable checkpoint as the first process finds it, on every process; None if there is none.
+
+    Raises:
+        UserError: If another process cannot read it.
+    """
+    newest = checkpoints.newest() if is_main() else None
+    step = from_main(-1 if newest is None else checkpoints.step_of(newest.path))
+    if is_main() or step < 0:
+        return newest
+    path = checkpoints.path_of(step)
+    try:
+        return load(path)
+    except UserError:
+        raise UserError(
+            f"{path}, where the first process goes on, cannot be read by process {rank()}; --save-dir must name a "
+            "folder that all machines share"
+        ) from None
+
+
+def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) -> None:
+    """Refuses to go on from a checkpoint of other settings or other data, with every differing key.
+
+    Raises:
+        UserError: As said.
+    """
+    if not loaded.is_ours or not loaded.optimizers:
+        raise UserError(f"checkpoint {loaded.path} holds no optimizer state, so a run cannot go on from it")
+    ours, theirs = flatten(config.tree), flatten(loaded.meta["config"])
+    require_same(
+        {key: value for key, value in ours.items() if key not in FREE_KEYS},
+        {key: value for key, value in theirs.items() if key not in FREE_KEYS},
+        f"checkpoint {loaded.path}",
+    )
+    for name, optimizer in loaded.optimizers.items():
+        for number, entries in optimizer["state"].items():
+            numbers = {f"{name}.{number}.{key}": value for key, value in entries.items() if torch.is_tensor(value)}
+            require_finite(numbers, f"checkpoint {loaded.path}")
+    if loaded.meta["split"] != dataset.splits.fingerprint:
+        raise UserError(
+            f"checkpoint {loaded.path} was trained on split {loaded.meta['split']}, but the files of "
+            f"{config.dataset.name} now give {dataset.splits.fingerprint}: restore them, or start a new run"
+        )
