@@ -3,6 +3,7 @@
 import logging
 import re
 from pathlib import Path
+from typing import get_origin
 
 from common.config import Config, RunConfig, Section, build_config
 from common.errors import UserError
@@ -58,12 +59,15 @@ _NOT_TAKEN = "\0 of another machine"  # no setting can have this value
 
 
 def _take_places(tree: Tree, section: str, schema: type[Section], file: Path, origins: dict[str, str]) -> None:
-    """Replaces what belongs to the machine by the values of a YAML file; what is null stays null.
+    """Replaces what belongs to the machine by the values of a YAML file, and adds what is not there; null stays null.
 
     A path that is only read stays, too, where it leads to something and that of the YAML file does not.
     """
     given = read_layers(file, {}, ()).get(section, {}) if file.is_file() else {}
     for key, field in schema.model_fields.items():
+        if key not in tree[section] and (key in given or get_origin(field.annotation) is list):
+            tree[section][key] = given.get(key, [])  # of a later version than the checkpoint
+            origins[f"{section}.{key}"] = str(file)
         stored, marks = tree[section].get(key), marks_of(field)
         if Mark.OF_MACHINE not in marks or stored is None:
             continue
