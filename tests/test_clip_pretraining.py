@@ -158,6 +158,8 @@ def test_exported_weights_are_a_backbone_under_openais_names(tmp_path: Path) -> 
 
 def test_export_of_a_model_without_clip() -> None:
     class Other(HashingModel):
+        fields = frozenset({"image"})
+
         def training_step(self, batch: Batch, progress: Progress) -> Any:
             raise NotImplementedError
 
