@@ -85,8 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(parse_arguments(arguments))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process of a group makes this mistake
-            sys.stderr.write(f"error: {error}\n")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process of a group makes this mistake: one says so
+            from utils import launch
+
+            launch.meet()
+            if not launch.first_to_fail():
+                return 2
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except BrokenPipeError:
         return BROKEN_PIPE

@@ -141,7 +141,7 @@ def test_a_killed_torchrun_leaves_no_orphans(tmp_path: Path, tiny_overrides: lis
 def test_errors_before_the_processes_meet_are_said_once(tmp_path: Path, tiny_overrides: list[str]) -> None:
     process = start(*arguments("DSPH", tmp_path, [*tiny_overrides, "model.bits=0"]), command=[*TORCHRUN, MAIN[1]])
     code, _, err = finish(process)
-    assert code == 137 and len(errors(err)) == 1 and "model.bits" in errors(err)[0], err
+    assert code == 1 and len(errors(err)) == 1 and "model.bits" in errors(err)[0], err  # the code is torchrun's
 
 
 def test_an_address_in_use_is_named(tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
