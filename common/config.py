@@ -288,6 +288,26 @@ def load_dataset(path: str | Path, overrides: list[str]) -> Any:
     return section
 
 
+def check_model(value: Any, place: str) -> Any:
+    """The `model:` section that a file other than a YAML holds.
+
+    Args:
+        value: The section.
+        place: The file, for messages.
+
+    Returns:
+        The checked section, of the class that the method declares.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    errors: list[str] = []
+    section = _check_section("model", value, {}, errors)
+    if errors:
+        raise UserError(f"{place}: {_joined(errors)}")
+    return section
+
+
 def has_section(path: str | Path, name: str) -> bool:
     """Whether a YAML file, or a parent of it, has a section of that name."""
     return name in read_layers(Path(path), {}, ())

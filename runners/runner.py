@@ -19,6 +19,7 @@ from common.optim import build_optimizers
 from common.registry import RUNNERS
 from common.types import Progress, StepOutput
 from models.base import HashingModel
+from runners import encoding
 from runners.evaluation import Evaluator, save_codes
 from runners.results import best_of, headline, results_table, summarise
 from runners.resuming import check_resumable, claim_folder, newest_checkpoint
@@ -154,8 +155,7 @@ class Runner:
         best = best_of(self.state.history) is self.state.history[-1]
         if self.record is not None:  # the first process
             if best:
-                meta = {"config": self.config.tree, "split": self.dataset.splits.fingerprint, "epoch": epoch}
-                checkpoint.save(self.folder / "best.pt", meta, self.model.state_dict())
+                checkpoint.save(self.folder / "best.pt", self._meta(epoch=epoch), self.model.state_dict())
                 save_codes(self.folder, "codes-best", query, database)
             self.record.write("evaluation", self.state.step, {"epoch": epoch, **headline(reports)})
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in headline(reports).items())
@@ -197,15 +197,16 @@ class Runner:
 
     def _save(self) -> None:
         if is_main():
-            meta = {
-                "config": self.config.tree,
-                "split": self.dataset.splits.fingerprint,
-                "state": dataclasses.asdict(self.state),
-            }
             states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+            meta = self._meta(state=dataclasses.asdict(self.state))
             self.checkpoints.save(self.state.step, meta, self.model.state_dict(), states)
         self.saved_at = time.monotonic()
         barrier()
+
+    def _meta(self, **position: Any) -> dict[str, Any]:
+        """What a checkpoint says of itself, and where the run stood."""
+        described = {"config": self.config.tree, encoding.KEY: encoding.describe(self.config, self.model, self.dataset)}
+        return {**described, "split": self.dataset.splits.fingerprint, **position}
 
     def _evaluation_is_due(self) -> bool:
         epoch, rest = divmod(self.state.step, len(self.train_loader))

@@ -1,6 +1,7 @@
 """From a checked configuration to what a run works with: data set, model with its weights, loaders, all guarded."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,6 +22,7 @@ from models.base import ClipModelConfig, HashingModel
 from models.clip.formats import shape_of
 from models.clip.towers import CLIP
 from runners.backbone import find_backbone
+from runners.encoding import KEY, encoding_of
 from utils.distributed import barrier, is_main
 from utils.progress import progress
 from utils.seeding import seed_torch
@@ -84,17 +86,23 @@ def build_model(
             raise UserError(
                 f"checkpoint {loaded.path} is of {theirs}, not of {config.model.name}; give a config of {theirs}"
             )
-    data = _data_info(cls, config, dataset, list(states.values()))
+    data = _data_info(cls, config, dataset, states, loaded)
     seed_torch(config.run.seed)  # here: finding the backbone may have trained one
     model = cls(config.model, data)
     if loaded is None or not loaded.is_ours:
         model.prepare(data)
     if loaded is not None:
-        _load(model, states, loaded)
+        load_weights(model, states, loaded)
     return model.to(device)
 
 
-def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, states: list[Tensors]) -> DataInfo:
+def _data_info(
+    cls: type[HashingModel],
+    config: Config,
+    dataset: PairedDataset,
+    states: Mapping[str, Tensors],
+    loaded: Checkpoint | None,
+) -> DataInfo:
     """What the model may know before the first batch; labels only if it names them."""
     fields = config.model.reads(cls.fields | cls.image_fields | cls.text_fields)
     backbone = None
@@ -102,10 +110,15 @@ def _data_info(cls: type[HashingModel], config: Config, dataset: PairedDataset, 
         prefix = "backbone."
         found = (
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            for state in states
+            for state in states.values()
         )
         towers = next((inside for inside in found if inside), None)
-        backbone = find_backbone(config) if towers is None else Backbone(shape_of(towers), None, "the checkpoint")
+        if towers is None:
+            backbone = find_backbone(config)
+        elif loaded is not None and KEY in loaded.meta:
+            backbone = Backbone(encoding_of(loaded).clip or shape_of(towers), None, "the checkpoint")
+        else:
+            backbone = Backbone(shape_of(towers), None, "the checkpoint")
         _check_sizes(backbone, dataset, config)
     return DataInfo(
         num_train=len(dataset.splits.train),
@@ -138,11 +151,19 @@ def _check_sizes(backbone: Backbone, dataset: PairedDataset, config: Config) -> 
         )
 
 
-def _load(model: HashingModel, states: dict[str, Tensors], loaded: Checkpoint) -> None:
+def load_weights(model: HashingModel, states: Mapping[str, Tensors], loaded: Checkpoint) -> None:
     """Copies a state into the model; every entry must fit, and none may be missing that codes depend on.
 
     Of the models that the checkpoint may hold, the one with the most names of this one. A reference checkpoint's entry
     that codes do not depend on may have another shape; it counts as missing.
+
+    Args:
+        model: The model.
+        states: What stands before the names -> the model that the checkpoint may hold there, under our names.
+        loaded: The checkpoint, for messages and whether it is ours.
+
+    Raises:
+        UserError: If none fits, two do, or a value is not finite.
     """
     own = model.state_dict()
     fitting = {prefix: len(own.keys() & state.keys()) for prefix, state in states.items()}

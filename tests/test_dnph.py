@@ -15,7 +15,7 @@ from common.registry import MODELS, Registry
 from common.types import Progress
 from models.blocks.proxies import ClassProxies
 from models.dnph import DNPH, agreement, assign_targets, proxy_loss
-from runners.setup import _load
+from runners.setup import load_weights
 from tests.tiny_models import CLASSES, SHAPE, build, rows_of
 from tests.worked import multi_hot, wave
 
@@ -194,13 +194,13 @@ def test_reference_layouts(tmp_path: Path, layout: str) -> None:
         del renamed["proxies.vectors"]  # the authors never save them
     imported = DNPH.import_reference(renamed)
     assert imported.keys() <= source.state_dict().keys()
-    _load(model, {"": imported}, Checkpoint({}, renamed, path=Path("unified.pth")))
+    load_weights(model, {"": imported}, Checkpoint({}, renamed, path=Path("unified.pth")))
     model.eval(), source.eval()
     with torch.no_grad():
         assert torch.equal(model.encode_image(rows_of()), source.encode_image(rows_of()))
     other = small(tmp_path, bits=32)
     with pytest.raises(UserError, match="does not fit DNPH with 32 bits"):
-        _load(other, {"": imported}, Checkpoint({}, renamed, path=Path("unified.pth")))
+        load_weights(other, {"": imported}, Checkpoint({}, renamed, path=Path("unified.pth")))
 
 
 def test_the_name_is_taken_for_the_other_method_too() -> None:

@@ -18,7 +18,7 @@ from models.blocks.center_files import write_centers
 from models.blocks.hash_centers import HashCenters, hadamard, majority_codes, wrong_bits
 from models.blocks.heads import pair_codes
 from models.twdh import TwDH, TwDHConfig
-from runners.setup import _load
+from runners.setup import load_weights
 from tests.tiny_models import CLASSES, SHAPE, build, data_info, rows_of, section
 from tests.worked import filled, multi_hot, wave
 
@@ -260,15 +260,15 @@ def test_reference_checkpoints_take_the_centers_of_a_file(tmp_path: Path, layout
     model = small(tmp_path, centers="file", transform="file", center_folder=str(tmp_path)).eval()
     with torch.no_grad():
         assert not torch.equal(model.encode_text(rows_of()), source.encode_text(rows_of()))
-        _load(model, {"": imported}, loaded)
+        load_weights(model, {"": imported}, loaded)
         assert torch.equal(model.encode_image(rows_of()), source.encode_image(rows_of()))
         assert torch.equal(model.encode_text(rows_of()), source.encode_text(rows_of()))
     assert torch.equal(model.get_buffer("long_centers"), source.get_buffer("long_centers"))
 
     with pytest.raises(UserError, match="no hash centres.*convert_twdh_centers.py"):
-        _load(small(tmp_path), {"": imported}, loaded)
+        load_weights(small(tmp_path), {"": imported}, loaded)
     with pytest.raises(UserError, match="does not fit TwDH with 16 bits"):
-        _load(small(tmp_path, long_bits=32), {"": imported}, loaded)
+        load_weights(small(tmp_path, long_bits=32), {"": imported}, loaded)
 
 
 def test_own_state_brings_its_centers(tmp_path: Path) -> None:

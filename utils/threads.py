@@ -1,28 +1,34 @@
 """Work that leaves Python's lock free (decoding, reading, writing), spread over threads."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_TASKS = 4096  # handed to the threads at a time: bounds what waits to be taken
 
 
-def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 4096) -> Iterator[Result]:
     """Applies a function to items, as many at a time as there are cores.
 
     Args:
         function: What to do; its first error ends the work, and what has not begun by then is not begun.
-        items: Its arguments.
+        items: Its arguments, taken as they are needed.
+        ahead: Results, done or under way, that may wait to be taken.
 
     Yields:
         Results in the order of the items.
     """
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    waiting: deque[Future[Result]] = deque()
     try:
-        for start in range(0, len(items), _TASKS):
-            yield from pool.map(function, items[start : start + _TASKS])
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

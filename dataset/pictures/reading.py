@@ -5,10 +5,10 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -20,7 +20,7 @@ from common.errors import UserError
 from dataset.pictures.draws import Floats
 from dataset.pictures.transforms import View, view_pixels
 
-# Pictures beyond Pillow's limit are refused in `PictureFiles.read`; its own warning would only be a second line.
+# Pictures beyond Pillow's limit are refused in `opened`; its own warning would only be a second line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # What picture collections hold. Pillow's other readers stay shut: that of EPS, for one, starts an interpreter.
@@ -110,36 +110,54 @@ class PictureFiles(Pictures):
         paths: list[str] = self.paths.tolist()
         return paths
 
-    @contextmanager
-    def _opened(self, number: int) -> Iterator[Image.Image]:
-        """One picture, not yet decoded; whatever goes wrong until the block ends is the user's mistake."""
+    def _opened(self, number: int) -> AbstractContextManager[Image.Image]:
+        """One picture, not yet decoded."""
         path = str(self.paths[number])
-        where = f"picture {path} (row {number} of {self.place})"
-        limit = Image.MAX_IMAGE_PIXELS
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-            raise UserError(f"{where} is no regular file; replace it, or remove its row from all files")
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                width, height = picture.size
-                if limit is not None and width * height > limit:
-                    raise Image.DecompressionBombError
-                yield picture
-        except FileNotFoundError:
-            raise UserError(f"{where} is missing; fetch it again, or set dataset.image_root to its folder") from None
-        except UnidentifiedImageError:
-            raise UserError(
-                f"{where} is not a picture ({', '.join(FORMATS)}); replace it, or remove its row from all files"
-            ) from None
-        except Image.DecompressionBombError:
-            raise UserError(
-                f"{where} has more than {limit} pixels, which may be an attack on memory (decompression bomb); "
-                "scale it down, or remove its row from all files"
-            ) from None
-        except Exception as error:  # decoders of broken files raise whatever they stumble over
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"{where} is truncated or broken ({why}); fetch it again, or remove its row from all files"
-            ) from None
+        return opened(
+            path,
+            f"picture {path} (row {number} of {self.place})",
+            found="set dataset.image_root to its folder",
+            instead="remove its row from all files",
+        )
+
+
+@contextmanager
+def opened(
+    source: str | BinaryIO, name: str, *, found: str, instead: str, pixels: int | None = None
+) -> Iterator[Image.Image]:
+    """One picture, not yet decoded; whatever goes wrong until the block ends is the user's mistake.
+
+    Args:
+        source: Path of the file, or its bytes.
+        name: What the picture is, for messages.
+        found: How a missing one may be found, for messages.
+        instead: What to do without it, for messages.
+        pixels: Most pixels; None for Pillow's limit.
+
+    Raises:
+        UserError: If it is missing, broken, too large, or not a picture.
+    """
+    limit = Image.MAX_IMAGE_PIXELS if pixels is None else pixels
+    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):  # a pipe would be waited for
+        raise UserError(f"{name} is no regular file; replace it, or {instead}")
+    try:
+        with Image.open(source, formats=FORMATS) as picture:
+            width, height = picture.size
+            if limit is not None and width * height > limit:
+                raise Image.DecompressionBombError
+            yield picture
+    except FileNotFoundError:
+        raise UserError(f"{name} is missing; fetch it again, or {found}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is not a picture ({', '.join(FORMATS)}); replace it, or {instead}") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{name} has more than {limit} pixels, which may be an attack on memory (decompression bomb); "
+            f"scale it down, or {instead}"
+        ) from None
+    except Exception as error:  # decoders of broken files raise whatever they stumble over
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} is truncated or broken ({why}); fetch it again, or {instead}") from None
 
 
 class PictureArray(Pictures):

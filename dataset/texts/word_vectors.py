@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -51,10 +51,7 @@ class WordVectors:
         """Vocabulary words of all items, item after item, and where each item begins: a compressed sparse matrix."""
         number = {word: place for place, word in enumerate(self.vocabulary)}
         log.info("building word vectors of %d items over %d words", len(self.texts), self.size)
-        items = [
-            sorted({number[word] for caption in captions for word in _words(caption) if word in number})
-            for captions in self.texts
-        ]
+        items = [_places(captions, number) for captions in self.texts]
         counts = np.fromiter(map(len, items), np.int64, len(items))
         words = np.fromiter((word for item in items for word in item), np.int64, counts.sum())
         return torch.from_numpy(words), torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
@@ -80,3 +77,23 @@ class WordVectors:
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
+
+
+def word_vector(text: str, number: Mapping[str, int]) -> Tensor:
+    """Presence of vocabulary words in a text.
+
+    Args:
+        text: The text.
+        number: Word -> its place in the vocabulary.
+
+    Returns:
+        1 where a word is present, else 0: [V] float32.
+    """
+    vector = torch.zeros(len(number))
+    vector[_places([text], number)] = 1.0
+    return vector
+
+
+def _places(captions: Sequence[str], number: Mapping[str, int]) -> list[int]:
+    """Places of the vocabulary words that occur, ascending."""
+    return sorted({number[word] for caption in captions for word in _words(caption) if word in number})

@@ -1,0 +1,293 @@
+"""Codes of any pictures and texts from a checkpoint alone: no data set, no configuration file, no training.
+
+encoder = Encoder.load("best.pt")
+codes = encoder.texts(["a red heart"])
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.checkpoint import load
+from common.codes import Codes
+from common.config import check_model
+from common.errors import UserError
+from common.registry import MODELS
+from common.types import Backbone, Batch, DataInfo
+from dataset.pictures.reading import opened
+from dataset.pictures.transforms import View, normalise, view_pixels
+from dataset.texts.tokenizer import tokenize
+from dataset.texts.word_vectors import word_vector
+from models.base import HashingModel, ModelConfig
+from runners.encoding import Encoding, encoding_of
+from runners.search.engine import Kind
+from runners.setup import autocast, load_weights
+from utils.launch import pick_device
+from utils.progress import progress
+from utils.threads import in_threads
+
+# A path, a picture of Pillow, an array [H, W] or [H, W, 3], an open file, or what gives a picture when it is due
+Picture = str | Path | Image.Image | npt.NDArray[Any] | BinaryIO | Callable[[], Image.Image]
+Item = Mapping[str, Any]  # what an item has, by batch field: pictures, texts, rows of numbers
+
+PICTURES = frozenset({"image", "counterpart_image"})
+TEXTS = frozenset({"text", "image_caption", "counterpart_caption"})
+_STANDS_FOR: dict[Kind, tuple[str, ...]] = {  # what `images` and `texts` may be handed as the thing itself
+    "image": ("image", "image_feature"),
+    "text": ("text", "bag_of_words", "text_feature"),
+}
+_AHEAD = 4  # batches of pictures decoded while one is computed
+
+
+class Encoder:
+    """Makes codes with a trained model, as evaluation does, from what the user has.
+
+    Codes are those of the evaluation, to the last bit, where rows come in the same order and number at a time, are read
+    from the pictures themselves (`dataset.cache: null`) and computed on the same device. Otherwise sums are rounded in
+    another order, and a bit whose value is next to 0 may turn.
+
+    Args:
+        model: The method, with its weights.
+        encoding: What the checkpoint says of itself.
+        settings: The `model:` section.
+        path: The checkpoint.
+        device: Where to compute.
+        bits: Which of the lengths that the model gives.
+
+    Attributes:
+        name: What the user calls this model.
+        batch_size: Rows computed at a time; at first the evaluation's.
+        fields: Batch fields that codes of pictures and of texts are made from.
+    """
+
+    def __init__(
+        self,
+        model: HashingModel,
+        encoding: Encoding,
+        settings: ModelConfig,
+        path: str,
+        device: torch.device,
+        bits: int,
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.encoding = encoding
+        self.settings = settings
+        self.name = f"{settings.name}, {bits} bits, of {path}"
+        self.batch_size = encoding.batch_size
+        self.device = device
+        self.bits = bits
+        lengths = list(model.code_lengths)
+        start = sum(lengths[: lengths.index(bits)])
+        self._columns = slice(start, start + bits)
+        self._number = {word: place for place, word in enumerate(encoding.vocabulary or ())}
+        self.fields: dict[Kind, frozenset[str]] = {"image": model.image_fields, "text": model.text_fields}
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto", bits: int | None = None) -> Self:
+        """Builds the model that a checkpoint holds.
+
+        Args:
+            path: A checkpoint of this library, such as `best.pt`.
+            device: `auto` (a GPU if there is one), `cpu`, `cuda` or the number of a GPU.
+            bits: For a method with codes of several lengths, which; None for `model.bits`.
+
+        Raises:
+            UserError: If the file cannot be used, or lacks what encoding needs.
+        """
+        loaded = load(Path(path))
+        encoding = encoding_of(loaded)
+        config = check_model(loaded.meta["config"].get("model"), f"checkpoint {path}")
+        method: type[HashingModel] = MODELS.get(config.name)
+        data = DataInfo(
+            num_train=encoding.num_train,
+            field_shapes=encoding.field_shapes,
+            train_labels=None,
+            backbone=None if encoding.clip is None else Backbone(encoding.clip, None, str(path)),
+            seed=0,
+            cache_dir="",
+        )
+        model = method(config, data)
+        load_weights(model, {"": loaded.model}, loaded)
+        bits = config.bits if bits is None else bits
+        if bits not in model.code_lengths:
+            raise UserError(
+                f"checkpoint {path} gives codes of {', '.join(map(str, model.code_lengths))} bits, not of {bits}"
+            )
+        return cls(model, encoding, config, str(path), pick_device(device, False), bits)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short digest of the weights and of how inputs are read: equal where codes can be compared."""
+        settings = {key: value for key, value in self.settings.model_dump().items() if key != "backbone"}
+        reads = (settings, self.encoding.clip, self.encoding.view, self.encoding.vocabulary)
+        digest = hashlib.sha256(repr((self.bits, reads)).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def images(self, pictures: Sequence[Picture], **more: Sequence[Any]) -> Codes:
+        """Codes of pictures.
+
+        Args:
+            pictures: N of them; for a method on stored features, rows of those, [N, W].
+            more: What else the method makes such codes from, by batch field, N of each.
+
+        Raises:
+            UserError: If a picture cannot be read, or the method needs something else, too.
+        """
+        return self._all("image", pictures, more)
+
+    def texts(self, texts: Sequence[Any], **more: Sequence[Any]) -> Codes:
+        """Codes of texts.
+
+        Args:
+            texts: N strings; for a method on stored features or word vectors, rows of those, [N, W].
+            more: What else the method makes such codes from, by batch field, N of each: pictures for
+                `counterpart_image`, strings for `counterpart_caption`, rows of numbers otherwise.
+
+        Raises:
+            UserError: If the method needs something else, too.
+        """
+        return self._all("text", texts, more)
+
+    def stream(self, kind: Kind, items: Iterable[Item]) -> Iterator[npt.NDArray[np.int8] | UserError]:
+        """Codes of items, one after the other; items are taken as they are needed, pictures are decoded ahead.
+
+        Args:
+            kind: Whether codes of pictures or of texts are made.
+            items: What each has; fields that the method does not read are passed over.
+
+        Yields:
+            For every item its code, [K] or [n, K] int8, or why it cannot be read.
+
+        Raises:
+            UserError: If an item lacks a field that the method cannot do without.
+        """
+        size = self.batch_size
+        waiting: list[dict[str, Tensor] | UserError] = []
+        good = 0
+        chosen = (self._choose(kind, item) for item in items)
+        for rows in in_threads(self._read, chosen, ahead=_AHEAD * size):
+            waiting.append(rows)
+            good += not isinstance(rows, UserError)
+            if good == size:
+                yield from self._encode(kind, waiting)
+                waiting, good = [], 0
+        yield from self._encode(kind, waiting)
+
+    def _all(self, kind: Kind, things: Sequence[Any], more: Mapping[str, Sequence[Any]]) -> Codes:
+        short = next((name for name, values in more.items() if len(values) != len(things)), None)
+        if short is not None:
+            raise UserError(f"{len(more[short])} rows of {short} for {len(things)} {kind}s; give one for each")
+        field = next((field for field in _STANDS_FOR[kind] if field in self.fields[kind]), kind)
+        if field == "bag_of_words" and all(isinstance(thing, str) for thing in things):
+            field = "text"
+        items = (
+            {field: thing, **{name: values[row] for name, values in more.items()}} for row, thing in enumerate(things)
+        )
+        stream: Iterable[npt.NDArray[np.int8] | UserError] = self.stream(kind, items)
+        if len(things) > self.batch_size:
+            stream = progress(stream, total=len(things), desc=f"encode {kind}s", unit=kind, leave=False)
+        codes = []
+        for code in stream:
+            if isinstance(code, UserError):
+                raise code
+            codes.append(code)
+        return Codes(np.stack(codes) if codes else np.empty((0, *self._shape), np.int8))
+
+    def _choose(self, kind: Kind, item: Item) -> Item:
+        """What the method reads of an item."""
+        chosen = {}
+        for field in self.fields[kind]:
+            if field in item:
+                chosen[field] = item[field]
+            elif field == "bag_of_words" and self._number and "text" in item:
+                chosen[field] = item["text"]
+            elif field not in self.model.optional_fields:
+                raise UserError(
+                    f"{self.name}: {kind} codes are made from {' and '.join(sorted(self.fields[kind]))}, and there is "
+                    f"no {field} here; give it, too"
+                )
+        return chosen
+
+    def _read(self, item: Item) -> dict[str, Tensor] | UserError:
+        """The fields of one row: pictures [3, R, R] uint8, token ids [L] int64, numbers [W] float32."""
+        try:
+            return {field: self._row(field, value) for field, value in item.items()}
+        except UserError as error:
+            return error
+
+    def _row(self, field: str, value: Any) -> Tensor:
+        shape = self.encoding.field_shapes[field]
+        if field in PICTURES:
+            return view_pixels(read_picture(value), View[self.encoding.view], shape[-1], None)
+        if field in TEXTS:
+            return tokenize([value], shape[0])[0]
+        if field == "bag_of_words" and isinstance(value, str):
+            return word_vector(value, self._number)
+        row = torch.as_tensor(np.asarray(value, np.float32))
+        if tuple(row.shape) != tuple(shape):
+            raise UserError(f"{self.name}: a row of {field} has the shape {list(shape)}, not {list(row.shape)}")
+        return row
+
+    @torch.no_grad()
+    def _encode(
+        self, kind: Kind, rows: Sequence[dict[str, Tensor] | UserError]
+    ) -> Iterator[npt.NDArray[np.int8] | UserError]:
+        """Codes of rows in one batch, errors passed on in their places."""
+        good = [row for row in rows if not isinstance(row, UserError)]
+        codes: Iterator[npt.NDArray[np.int8]] = iter(())
+        if good:
+            fields = {"index": torch.arange(len(good), device=self.device)}
+            for field in good[0]:
+                values = torch.stack([row[field] for row in good]).to(self.device)
+                fields[field] = normalise(values) if field in PICTURES else values
+            encode = self.model.encode_image if kind == "image" else self.model.encode_text
+            with autocast(self.encoding.precision, self.device):
+                made = encode(Batch(fields)).to(torch.int8)[..., self._columns]
+            codes = iter(made.cpu().numpy())
+        for row in rows:
+            yield row if isinstance(row, UserError) else next(codes)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self.bits,)
+
+
+def read_picture(picture: Picture, pixels: int | None = None) -> Image.Image:
+    """A picture in RGB.
+
+    Args:
+        picture: What the user has of it.
+        pixels: Most pixels; None for Pillow's limit.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise UserError(
+                f"a picture as an array is [H, W] or [H, W, 3] uint8, not {list(picture.shape)} {picture.dtype}"
+            )
+        return Image.fromarray(picture).convert("RGB")
+    if isinstance(picture, str | os.PathLike):
+        source: str | BinaryIO = str(picture)
+        name = f"picture {picture}"
+    elif callable(picture):
+        return picture().convert("RGB")
+    else:
+        source, name = picture, "the picture"
+    with opened(source, name, found="name one that is there", instead="leave it out", pixels=pixels) as image:
+        return image.convert("RGB")

@@ -1,0 +1,235 @@
+"""The encoder gives the codes of the evaluation, from a checkpoint alone; what it lacks it says in one line."""
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import checkpoint
+from common.config import Config, load_config
+from common.errors import UserError
+from common.registry import MODELS
+from dataset.base import PairedDataset, Split
+from dataset.columns import CaptionColumn, MatrixColumn, PictureColumn, WordColumn
+from models.base import HashingModel
+from models.clip.towers import CLIP
+from models.clip.weights import write_clip
+from runners import encoding
+from runners.encoder import Encoder
+from runners.evaluation import Evaluator, SplitCodes
+from runners.setup import build_model, open_dataset
+from tests.commands import ROOT
+from tests.tiny_data import SHAPE
+from tests.tiny_models import small_settings
+
+METHODS = [name for name in MODELS.names() if name != "CLIP"]  # its own test is below: it names no backbone
+
+
+def configured(method: str, overrides: Sequence[str], *more: str) -> Config:
+    path = ROOT / "configs" / MODELS.folder(method) / "coco.yaml"
+    settings = ["evaluate.caption=first", *small_settings(method), *overrides, *more]
+    return load_config(path, settings)
+
+
+def saved(config: Config, path: Path) -> tuple[PairedDataset, HashingModel, SplitCodes, SplitCodes]:
+    """A model with random weights, its checkpoint as a run writes it, and the evaluation's codes."""
+    dataset = open_dataset(config)
+    model = build_model(config, dataset, None, torch.device("cpu"), training=False)
+    meta = {"config": config.tree, encoding.KEY: encoding.describe(config, model, dataset)}
+    checkpoint.save(path, json.loads(json.dumps(meta)), model.state_dict())
+    query, database, _ = Evaluator(config, dataset, model, torch.device("cpu")).evaluate()
+    return dataset, model, query, database
+
+
+def raw(dataset: PairedDataset, split: Split, field: str) -> Any:
+    """What a user has of a field: paths, sentences, rows of numbers."""
+    column = dataset.columns[split][field]
+    if isinstance(column, PictureColumn):
+        files = dataset.pictures.files()
+        assert files is not None
+        return [files[number] for number in column.numbers.tolist()]
+    if isinstance(column, CaptionColumn):
+        return [column.captions.texts[item][0] for item in column.items.tolist()]
+    if isinstance(column, WordColumn):
+        return ["\n".join(column.words.texts[item]) for item in column.items.tolist()]
+    assert isinstance(column, MatrixColumn)
+    return column.matrix[column.items].numpy()
+
+
+def check(encoder: Encoder, dataset: PairedDataset, model: HashingModel, split: Split, codes: SplitCodes) -> None:
+    """Pictures and texts of a split, with all that the method makes codes from, give the evaluation's codes."""
+    lengths = model.code_lengths
+    start = sum(lengths[: lengths.index(encoder.bits)])
+    for kind, encode, own in (("image", encoder.images, codes.image), ("text", encoder.texts, codes.text)):
+        reads = model.image_fields if kind == "image" else model.text_fields
+        fields = reads & dataset.columns[split].keys()
+        values = {field: raw(dataset, split, field) for field in fields}
+        main = next(field for field in (kind, "bag_of_words", f"{kind}_feature") if field in values)
+        made = encode(values.pop(main), **values)
+        assert made.values.dtype == np.int8
+        assert np.array_equal(made.values, own.numpy()[..., start : start + encoder.bits]), (split, kind)
+        assert np.array_equal(np.unpackbits(made.packed(), axis=-1, count=encoder.bits) * 2.0 - 1, made.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_codes_are_those_of_the_evaluation(method: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    config = configured(method, tiny_overrides)
+    dataset, model, query, database = saved(config, tmp_path / "best.pt")
+    encoder = Encoder.load(tmp_path / "best.pt", device="cpu")
+    assert encoder.encoding.marks == [*model.marks, *dataset.marks(model.image_fields | model.text_fields)]
+    check(encoder, dataset, model, "query", query)
+    check(encoder, dataset, model, "database", database)
+    for bits in model.code_lengths[1:]:
+        check(Encoder.load(tmp_path / "best.pt", device="cpu", bits=bits), dataset, model, "query", query)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("UCMFH", ["model.missing=paired"]),
+        ("UCCH", ["run.precision=bf16"]),
+    ],
+)
+def test_other_settings_that_change_codes(
+    method: str, settings: list[str], tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    dataset, model, query, _ = saved(configured(method, tiny_overrides, *settings), tmp_path / "best.pt")
+    check(Encoder.load(tmp_path / "best.pt", device="cpu"), dataset, model, "query", query)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> tuple[Encoder, list[str]]:
+    """DSPH in small, and the paths of its pictures."""
+    path = tmp_path_factory.mktemp("trained") / "best.pt"
+    dataset, *_ = saved(configured("DSPH", tiny_overrides), path)
+    return Encoder.load(path, device="cpu"), list(dataset.pictures.files() or ())
+
+
+def test_pictures_in_every_form(trained: tuple[Encoder, list[str]]) -> None:
+    encoder, paths = trained
+    expected = encoder.images(paths[:3]).values
+    pictures = [Image.open(path).convert("RGB") for path in paths[:3]]
+    forms: list[list[Any]] = [
+        [Path(path) for path in paths[:3]],
+        pictures,
+        [np.array(picture) for picture in pictures],
+        [io.BytesIO(Path(path).read_bytes()) for path in paths[:3]],
+        [lambda picture=picture: picture for picture in pictures],
+        [picture.convert("RGBA") for picture in pictures],
+    ]
+    for form in forms:
+        assert np.array_equal(encoder.images(form).values, expected)
+    grey = np.array(pictures[0].convert("L"))
+    assert encoder.images([grey]).values.shape == (1, 16) and encoder.images([]).values.shape == (0, 16)
+
+
+def test_what_cannot_be_read_stands_in_its_place(trained: tuple[Encoder, list[str]], tmp_path: Path) -> None:
+    """Items around it get the codes that they get without it, whatever the batch."""
+    encoder, paths = trained
+    (tmp_path / "broken.png").write_bytes(Path(paths[0]).read_bytes()[:100])
+    items = [*paths[:20], str(tmp_path / "broken.png"), *paths[20:], str(tmp_path / "none.png")]
+    made = list(encoder.stream("image", ({"image": path} for path in items)))
+    errors = {row: value for row, value in enumerate(made) if isinstance(value, UserError)}
+    assert set(errors) == {20, len(items) - 1}
+    assert f"{tmp_path}/broken.png is truncated or broken" in str(errors[20])
+    codes = [value for value in made if not isinstance(value, UserError)]
+    assert np.array_equal(np.stack(codes), encoder.images(paths).values)
+    with pytest.raises(UserError, match=r"none.png is missing; fetch it again, or name one that is there"):
+        encoder.images(items[-1:])
+
+
+def test_what_is_refused(trained: tuple[Encoder, list[str]], tmp_path: Path, tiny_overrides: list[str]) -> None:
+    encoder, paths = trained
+    with pytest.raises(UserError, match="1 rows of labels for 2 images; give one for each"):
+        encoder.images(paths[:2], labels=["x"])
+    with pytest.raises(UserError, match=r"array is \[H, W\] or \[H, W, 3\] uint8, not \[2, 2\] float64"):
+        encoder.images([np.zeros((2, 2))])
+    with pytest.raises(UserError, match="gives codes of 16 bits, not of 32"):
+        Encoder.load(encoder.name.rpartition(" of ")[2], bits=32)
+    paired = tmp_path / "paired.pt"
+    saved(configured("UCMFH", tiny_overrides, "model.missing=paired"), paired)
+    with pytest.raises(UserError, match="text codes are made from image and text, and there is no image here"):
+        Encoder.load(paired, device="cpu").texts(["a red heart"])
+
+
+def test_checkpoints_that_do_not_say_how_they_encode(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    path, config = tmp_path / "best.pt", configured("DSPH", tiny_overrides)
+    *_, model, query, _ = saved(config, path)
+    loaded = checkpoint.load(path)
+    damaged = loaded.meta | {encoding.KEY: loaded.meta[encoding.KEY] | {"batch_size": 0}}
+    for meta, message in (
+        ({"config": config.tree}, "was written by an earlier version and lacks 'encoding'"),
+        (damaged, r"is damaged \(encoding.batch_size: Input should be greater than 0\)"),
+        (loaded.meta | {"config": {}}, "model.name: missing"),
+    ):
+        checkpoint.save(path, meta, model.state_dict())
+        with pytest.raises(UserError, match=message) as refused:
+            Encoder.load(path)
+        assert "\n" not in str(refused.value)
+    torch.save(model.state_dict(), path)
+    with pytest.raises(UserError, match="was written by another program"):
+        Encoder.load(path)
+    checkpoint.save(path, loaded.meta, {**model.state_dict(), "proxies": torch.zeros(3, 3)})
+    with pytest.raises(UserError, match="does not fit DSPH with 16 bits"):
+        Encoder.load(path)
+
+
+def test_a_checkpoint_is_enough(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """Data and backbone are gone, and nothing of the machine that trained it is here."""
+    root = next(entry.partition("=")[2] for entry in tiny_overrides if entry.startswith("dataset.root="))
+    shutil.copytree(root, tmp_path / "data")
+    config = configured("CFRH", tiny_overrides, f"dataset.root={tmp_path / 'data'}")
+    dataset, _, query, _ = saved(config, tmp_path / "best.pt")
+    texts, picture = raw(dataset, "query", "bag_of_words"), Image.open(raw(dataset, "query", "image")[0]).convert("RGB")
+    shutil.rmtree(tmp_path / "data")
+    encoder = Encoder.load(tmp_path / "best.pt", device="cpu")
+    assert np.array_equal(encoder.texts(texts).values, query.text.numpy())
+    assert np.array_equal(encoder.images([picture]).values[0], query.image.numpy()[0])
+
+
+def test_equal_models_have_equal_fingerprints(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    config = configured("DSPH", tiny_overrides)
+    _, model, _, _ = saved(config, tmp_path / "one.pt")
+    loaded = checkpoint.load(tmp_path / "one.pt")
+    state = model.state_dict()
+    checkpoint.save(tmp_path / "two.pt", loaded.meta | {"epoch": 3}, state, {"main": {"step": 7}})
+    name = next(name for name in state if name.startswith("backbone."))
+    state[name] = state[name] + 1
+    checkpoint.save(tmp_path / "three.pt", loaded.meta, state)
+    one, two, three = (
+        Encoder.load(tmp_path / f"{name}.pt", device="cpu").fingerprint for name in ("one", "two", "three")
+    )
+    assert one == two != three
+
+
+def test_the_activation_of_a_foreign_clip_is_kept(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """No weight shows it, so the checkpoint says it; evaluation obeys, too."""
+    backbone = tmp_path / "gelu.safetensors"
+    torch.manual_seed(0)
+    write_clip(backbone, CLIP(replace(SHAPE, activation="gelu")).state_dict(), {"activation": "gelu"})
+    config = configured("DSPH", tiny_overrides, f"model.backbone={backbone}")
+    dataset, model, query, _ = saved(config, tmp_path / "best.pt")
+    check(Encoder.load(tmp_path / "best.pt", device="cpu"), dataset, model, "query", query)
+    again = build_model(config, dataset, checkpoint.load(tmp_path / "best.pt"), torch.device("cpu"), training=False)
+    towers = again.get_submodule("backbone")
+    assert isinstance(towers, CLIP) and towers.shape.activation == "gelu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_on_a_gpu(precision: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    config = configured("MITH", tiny_overrides, f"run.precision={precision}")
+    dataset, model, *_ = saved(config, tmp_path / "best.pt")
+    device = torch.device("cuda")
+    query, database, _ = Evaluator(config, dataset, model.to(device), device).evaluate()
+    encoder = Encoder.load(tmp_path / "best.pt", device="cuda")
+    check(encoder, dataset, model, "query", query)
+    check(encoder, dataset, model, "database", database)
