@@ -1,4 +1,4 @@
-"""Train or evaluate a cross-modal hashing method.
+"""Train, evaluate and use a cross-modal hashing method.
 
 This file reads the command line; README.md shows the commands, `runners/commands.py` does them. Torch and all that
 needs it load only then, so that help, lists and mistakes are answered at once.
@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
     parser = _Parser(
-        prog="main.py", description="Train or evaluate a cross-modal hashing method on CLIP.", allow_abbrev=False
+        prog="main.py", description="Train, evaluate and use a cross-modal hashing method on CLIP.", allow_abbrev=False
     )
     parser.add_argument("--config-file", type=Path, help="YAML of the run, e.g. configs/MITH/config.yaml")
     parser.add_argument("--save-dir", help="folder of the run (run.save_dir)")
@@ -44,6 +44,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint, ours or the authors'"
     )
+    parser.add_argument("--index", type=Path, metavar="CHECKPOINT", help="index what --input names, into --save-dir")
+    parser.add_argument("--input", nargs="+", metavar="WHAT",
+                        help="folders, patterns, lines (.txt), manifests (.jsonl, .csv), dataset:NAME")  # fmt: skip
+    parser.add_argument("--search", nargs="+", metavar=("INDEX", "QUESTION"),
+                        help="search an index by texts and pictures")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="hits of --search as JSON, a line for each question")
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
                         help="Python file that registers a method, runner or data set of your own")  # fmt: skip
     parser.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")

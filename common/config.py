@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from common.errors import UserError
-from common.places import Mark, locate, marks_of
+from common.places import ROOT, Mark, locate, marks_of
 from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
 from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, read_layers
 
@@ -63,6 +63,7 @@ def _of_form(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+DATASET_CONFIGS = ROOT / "configs/datasets"
 PLACEHOLDERS = ("model", "dataset", "bits", "seed")  # of run.save_dir
 
 
@@ -286,6 +287,27 @@ def load_dataset(path: str | Path, overrides: list[str]) -> Any:
     if errors:
         raise UserError(_joined(errors))
     return section
+
+
+def dataset_file(name: str, option: str) -> Path:
+    """The YAML file of a data set.
+
+    Args:
+        name: Name of a file in configs/datasets, or the path of any YAML file with a `dataset:` section.
+        option: What stands before the name on the command line, for the message.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    known = sorted(path.stem for path in DATASET_CONFIGS.glob("*.yaml"))
+    if name in known:
+        return DATASET_CONFIGS / f"{name}.yaml"
+    if Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    raise UserError(
+        f"{option}{name}: neither a YAML file nor one of {', '.join(known)}"
+        + (near_names(name, known) or "; name one of these")
+    )
 
 
 def check_model(value: Any, place: str) -> Any:

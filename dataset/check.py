@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.config import load_dataset
+from common.config import dataset_file, load_dataset
 from common.errors import UserError
-from common.registry import DATASETS, near_names
+from common.registry import DATASETS
 from dataset.base import SPLITS, PairedDataset
 from dataset.columns import CaptionColumn
 from dataset.mat import MatConfig
@@ -30,7 +30,6 @@ from utils.threads import in_threads
 
 log = logging.getLogger(__name__)
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "datasets"
 SHEET = "contact_sheet.png"
 SHOWN = 10  # faulty pictures named
 _BAR = 40  # longest bar of the histogram
@@ -70,7 +69,7 @@ def check_data(name: str, overrides: list[str], folder: Path | None) -> None:
         UserError: If a file is missing, broken or does not fit the others, or pictures are missing or broken. What can
             be told in spite of broken pictures has been told by then.
     """
-    config = load_dataset(_config_file(name), overrides)
+    config = load_dataset(dataset_file(name, "--check-data "), overrides)
     folder = Path("result") / "check" / config.name if folder is None else folder
     make_folder(folder, "--save-dir")
     cls: type[PairedDataset] = DATASETS.get(config.type)
@@ -218,15 +217,3 @@ def _spread(numbers: npt.NDArray[np.int64]) -> str:
     if not len(numbers):
         return "none"
     return f"{numbers.min():,} to {numbers.max():,}, mean {numbers.mean():,.2f}"
-
-
-def _config_file(name: str) -> Path:
-    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    if name in known:
-        return CONFIGS / f"{name}.yaml"
-    if Path(name).suffix in (".yaml", ".yml"):
-        return Path(name)
-    raise UserError(
-        f"--check-data {name}: neither a YAML file nor one of {', '.join(known)}"
-        + (near_names(name, known) or "; name one of these")
-    )

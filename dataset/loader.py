@@ -102,6 +102,24 @@ def build_loader(
     return loader
 
 
+def caption_draws(
+    seed: int, rows: Tensor, *, random: bool, epoch: int = 0, purpose: Purpose = Purpose.EVALUATE_CAPTION
+) -> Tensor:
+    """Which of several captions rows of a split get.
+
+    Args:
+        seed: The run's.
+        rows: Places in the split, [B] int64.
+        random: Whether one is drawn; else the first is taken.
+        epoch: For which they are drawn; evaluation's is 0.
+        purpose: For what.
+
+    Returns:
+        A number in [0, 1) for each, [B]; 0 is the first caption.
+    """
+    return torch.from_numpy(uniform(seed, epoch, purpose, rows.numpy(), 1)[:, 0]) if random else torch.zeros(len(rows))
+
+
 class Loader:
     """Batches of one split; built by `build_loader`.
 
@@ -186,9 +204,8 @@ class Loader:
     def _batches(self, jobs: list[Job], epoch: int, purpose: Purpose) -> Iterator[Batch]:
         pictures: Iterator[list[Tensor]] = self.source.batches(jobs) if self.groups else iter([[] for _ in jobs])
         for job, tensors in zip(jobs, pictures, strict=True):
-            draws = torch.zeros(len(job.rows))
-            if purpose is Purpose.TRAIN_CAPTION or self.caption == "random":
-                draws = torch.from_numpy(uniform(self.seed, epoch, purpose, job.rows.numpy(), 1)[:, 0])
+            random = purpose is Purpose.TRAIN_CAPTION or self.caption == "random"
+            draws = caption_draws(self.seed, job.rows, random=random, epoch=epoch, purpose=purpose)
             fields = {"index": job.rows.to(self.device, non_blocking=True)}
             for field, column in self.columns.items():
                 if isinstance(column, RowColumn):

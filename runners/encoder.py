@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import load
+from common.checkpoint import Checkpoint, load
 from common.codes import Codes
 from common.config import check_model
 from common.errors import UserError
@@ -59,11 +59,13 @@ class Encoder:
         model: The method, with its weights.
         encoding: What the checkpoint says of itself.
         settings: The `model:` section.
-        path: The checkpoint.
+        source: The checkpoint.
         device: Where to compute.
         bits: Which of the lengths that the model gives.
 
     Attributes:
+        path: The checkpoint.
+        tree: The configuration that it was trained with.
         name: What the user calls this model.
         batch_size: Rows computed at a time; at first the evaluation's.
         fields: Batch fields that codes of pictures and of texts are made from.
@@ -74,14 +76,16 @@ class Encoder:
         model: HashingModel,
         encoding: Encoding,
         settings: ModelConfig,
-        path: str,
+        source: Checkpoint,
         device: torch.device,
         bits: int,
     ) -> None:
         self.model = model.to(device).eval()
         self.encoding = encoding
         self.settings = settings
-        self.name = f"{settings.name}, {bits} bits, of {path}"
+        self.path = source.path
+        self.tree: dict[str, Any] = source.meta["config"]
+        self.name = f"{settings.name}, {bits} bits, of {source.path}"
         self.batch_size = encoding.batch_size
         self.device = device
         self.bits = bits
@@ -122,7 +126,7 @@ class Encoder:
             raise UserError(
                 f"checkpoint {path} gives codes of {', '.join(map(str, model.code_lengths))} bits, not of {bits}"
             )
-        return cls(model, encoding, config, str(path), pick_device(device, False), bits)
+        return cls(model, encoding, config, loaded, pick_device(device, False), bits)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,7 +180,7 @@ class Encoder:
         size = self.batch_size
         waiting: list[dict[str, Tensor] | UserError] = []
         good = 0
-        chosen = (self._choose(kind, item) for item in items)
+        chosen = ({field: item[name] for name, field in self.reads(kind, item).items()} for item in items)
         for rows in in_threads(self._read, chosen, ahead=_AHEAD * size):
             waiting.append(rows)
             good += not isinstance(rows, UserError)
@@ -203,22 +207,26 @@ class Encoder:
             if isinstance(code, UserError):
                 raise code
             codes.append(code)
-        return Codes(np.stack(codes) if codes else np.empty((0, *self._shape), np.int8))
+        return Codes(np.stack(codes) if codes else np.empty((0, *self.code_shape), np.int8))
 
-    def _choose(self, kind: Kind, item: Item) -> Item:
-        """What the method reads of an item."""
-        chosen = {}
-        for field in self.fields[kind]:
+    def reads(self, kind: Kind, item: Item) -> dict[str, str]:
+        """What codes of an item are made from: the item's field -> the batch field that it becomes.
+
+        Raises:
+            UserError: If it lacks what the method cannot do without.
+        """
+        found = {}
+        for field in sorted(self.fields[kind]):
             if field in item:
-                chosen[field] = item[field]
+                found[field] = field
             elif field == "bag_of_words" and self._number and "text" in item:
-                chosen[field] = item["text"]
+                found["text"] = field
             elif field not in self.model.optional_fields:
                 raise UserError(
                     f"{self.name}: {kind} codes are made from {' and '.join(sorted(self.fields[kind]))}, and there is "
                     f"no {field} here; give it, too"
                 )
-        return chosen
+        return found
 
     def _read(self, item: Item) -> dict[str, Tensor] | UserError:
         """The fields of one row: pictures [3, R, R] uint8, token ids [L] int64, numbers [W] float32."""
@@ -260,7 +268,8 @@ class Encoder:
             yield row if isinstance(row, UserError) else next(codes)
 
     @property
-    def _shape(self) -> tuple[int, ...]:
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of an item's code: (K,), or (n, K) for a method with n codes an item."""
         return (self.bits,)
 
 

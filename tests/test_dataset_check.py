@@ -9,10 +9,10 @@ import scipy.io
 import torch
 from PIL import Image
 
-from common.config import load_dataset
+from common.config import DATASET_CONFIGS, load_dataset
 from common.errors import UserError
 from data import make_wiki, preparation
-from dataset.check import CONFIGS, SHEET, check_data, class_names, read_pictures, summary
+from dataset.check import SHEET, check_data, class_names, read_pictures, summary
 from dataset.loader import build_loader
 from dataset.mat import MatDataset
 from dataset.texts.tokenizer import tokenize
@@ -143,9 +143,9 @@ def test_names_of_labels_that_do_not_fit(root: Path, tmp_path: Path) -> None:
 
 
 def test_every_data_set_of_the_repository_has_valid_settings_also_inside_a_run() -> None:
-    for path in CONFIGS.glob("*.yaml"):
+    for path in DATASET_CONFIGS.glob("*.yaml"):
         assert load_dataset(path, []).name == path.stem
-    whole = load_dataset(CONFIGS.parent / "MITH" / "coco.yaml", ["dataset.split.seed=5"])
+    whole = load_dataset(DATASET_CONFIGS.parent / "MITH" / "coco.yaml", ["dataset.split.seed=5"])
     assert whole.name == "coco" and whole.split.seed == 5
 
 
@@ -217,11 +217,11 @@ def test_wikipedia_from_the_archive_to_the_published_split(tmp_path: Path, capsy
     protocols = make_wiki.PROTOCOLS
     arguments = ["--source", str(source), "--root", str(root)]
     assert preparation.run("wiki", "Wikipedia", protocols, make_wiki.collect, arguments) == 0
-    whole = load_dataset(CONFIGS / "wiki.yaml", [])
+    whole = load_dataset(DATASET_CONFIGS / "wiki.yaml", [])
     known = protocols["cfrh"].known
     assert (whole.split.query, whole.split.train) == (known["testset"], known["trainset"])
     small = [f"dataset.root={root}", "dataset.split.query=2", "dataset.split.train=3"]
-    splits = MatDataset(load_dataset(CONFIGS / "wiki.yaml", small)).splits
+    splits = MatDataset(load_dataset(DATASET_CONFIGS / "wiki.yaml", small)).splits
     assert splits.query.tolist() == [3, 4]
     assert splits.train.tolist() == splits.database.tolist() == [0, 1, 2]
     check_data("wiki", small, tmp_path / "check")

@@ -1,9 +1,7 @@
 """The encoder gives the codes of the evaluation, from a checkpoint alone; what it lacks it says in one line."""
 
 import io
-import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 from PIL import Image
 
 from common import checkpoint
-from common.config import Config, load_config
 from common.errors import UserError
 from common.registry import MODELS
 from dataset.base import PairedDataset, Split
@@ -25,28 +22,11 @@ from models.clip.weights import write_clip
 from runners import encoding
 from runners.encoder import Encoder
 from runners.evaluation import Evaluator, SplitCodes
-from runners.setup import build_model, open_dataset
-from tests.commands import ROOT
+from runners.setup import build_model
+from tests.checkpoints import configured, saved
 from tests.tiny_data import SHAPE
-from tests.tiny_models import small_settings
 
 METHODS = [name for name in MODELS.names() if name != "CLIP"]  # its own test is below: it names no backbone
-
-
-def configured(method: str, overrides: Sequence[str], *more: str) -> Config:
-    path = ROOT / "configs" / MODELS.folder(method) / "coco.yaml"
-    settings = ["evaluate.caption=first", *small_settings(method), *overrides, *more]
-    return load_config(path, settings)
-
-
-def saved(config: Config, path: Path) -> tuple[PairedDataset, HashingModel, SplitCodes, SplitCodes]:
-    """A model with random weights, its checkpoint as a run writes it, and the evaluation's codes."""
-    dataset = open_dataset(config)
-    model = build_model(config, dataset, None, torch.device("cpu"), training=False)
-    meta = {"config": config.tree, encoding.KEY: encoding.describe(config, model, dataset)}
-    checkpoint.save(path, json.loads(json.dumps(meta)), model.state_dict())
-    query, database, _ = Evaluator(config, dataset, model, torch.device("cpu")).evaluate()
-    return dataset, model, query, database
 
 
 def raw(dataset: PairedDataset, split: Split, field: str) -> Any:

@@ -27,6 +27,7 @@ def setup_logging() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if is_main() else logging.WARNING)
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # says which of its builds it loads
 
 
 class Record:

@@ -17,5 +17,5 @@ class SearchConfig(Section):
     probes: int = Field(gt=0)  # ivf: lists that a query looks into; more find more, and take longer
     k: int = Field(gt=0)  # hits shown
     find: Literal["image", "text", "both"] | None  # kind of the hits; null: pictures for a text, both for a picture
-    batch_size: int = Field(gt=0)  # pictures or texts encoded at a time
+    batch_size: int | None = Field(gt=0)  # pictures or texts encoded at a time; null: as many as in the evaluation
     save_every: int = Field(gt=0)  # rows after which what was encoded is made durable, for an indexing that is killed
