@@ -247,7 +247,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All figures, as they are written; prints the table."""
     device, shape = args.device, TOWERS[args.towers]
     make_data(folder / "data", args.pictures, args.seed)
-    splits = f"{{protocol: permutation, seed: 1, query: 1, train: {args.pictures - 1}, per_label: null}}"
+    splits = f"{{protocol: permutation, seed: 1, query: 1, train: {args.pictures - 1}, validation: 0, per_label: null}}"
 
     def settings(*overrides: str) -> Config:
         return load_config(

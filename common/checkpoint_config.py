@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import get_origin
 
-from common.config import Config, RunConfig, Section, build_config
+from common.config import Config, EvaluateConfig, RunConfig, Section, build_config
 from common.errors import UserError
 from common.places import CHECKPOINT, ROOT, Mark, locate, marks_of
 from common.registry import DATASETS
@@ -34,7 +34,11 @@ def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
     own = apply_overrides(tree, origins, [])
     own["run"] = own["run"] if isinstance(own.get("run"), dict) else {}
     own["dataset"] = own["dataset"] if isinstance(own.get("dataset"), dict) else {}
+    own["evaluate"] = own["evaluate"] if isinstance(own.get("evaluate"), dict) else {}
     _take_places(own, "run", RunConfig, ROOT / "configs/base.yaml", origins)
+    _take_places(own, "evaluate", EvaluateConfig, ROOT / "configs/base.yaml", origins)
+    if isinstance(own["dataset"].get("split"), dict):
+        own["dataset"]["split"].setdefault("validation", 0)  # what earlier versions did
     beside = str(path.resolve().parent).replace("{", "{{").replace("}", "}}")
     own["run"]["save_dir"], origins["run.save_dir"] = beside, "beside the checkpoint"
     kind, name = own["dataset"].get("type"), own["dataset"].get("name")

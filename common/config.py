@@ -99,6 +99,7 @@ class RunConfig(Section):
     distribute: Annotated[bool, Mark.OF_MACHINE]  # one process per device of `device`
     seed: int = Field(ge=0, lt=2**32)  # weights, order, augmentation, dropout (the split has its own seed)
     epochs: int = Field(gt=0)
+    patience: Annotated[int, Field(gt=0)] | None  # evaluations without gain after which a run ends; null: it never does
     batch_size: int = Field(gt=0)  # pairs of the global batch, over all processes
     accumulate: int = Field(gt=0)  # parts in which CLIP computes a batch, to save memory
     precision: Literal["float32", "bf16"]  # bf16: autocast; codes and losses stay float32
@@ -120,6 +121,7 @@ class EvaluateConfig(Section):
     # see README, "How results are defined"
     definitions: list[Literal["relevant", "top", "expected"]] = Field(min_length=1)
     caption: Literal["random", "first"]  # of several captions: a seeded random one (as the papers), or the first
+    select: Literal["query", "validation", "last"]  # which epoch is reported: the best on that split, or the last
 
 
 @dataclass(frozen=True)

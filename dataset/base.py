@@ -25,8 +25,8 @@ from dataset.pictures.reading import Pictures
 from dataset.texts.captions import Captions
 from dataset.texts.word_vectors import WordVectors
 
-Split = Literal["query", "train", "database"]
-SPLITS: tuple[Split, ...] = ("query", "train", "database")
+Split = Literal["query", "train", "database", "validation"]
+SPLITS: tuple[Split, ...] = ("query", "train", "database", "validation")
 
 
 class PerLabelConfig(Section):
@@ -45,6 +45,8 @@ class SplitConfig(Section):
     seed: int = Field(ge=0, lt=2**32)  # of the permutations; independent of run.seed
     query: int = Field(gt=0)  # pairs of the query split
     train: int = Field(gt=0)  # pairs of the training split, which is a part of the database
+    # pairs of the database, not trained on, as queries for choosing the epoch: the last of the protocol's order
+    validation: int = Field(ge=0)
     per_label: PerLabelConfig | None  # shares of a label, with protocol per_label
 
     @model_validator(mode="after")
@@ -76,17 +78,25 @@ class Splits:
         query: Item numbers of the query split, [Q] int64.
         train: Item numbers of the training split, [N] int64; all of them are in `database`.
         database: Item numbers that queries search, [D] int64.
-        fingerprint: Short digest of the three lists and the labels, equal wherever the same pairs are compared.
+        validation: Item numbers of the validation split, [V] int64; all are in `database`, none in `train`.
+        fingerprint: Short digest of the lists and the labels, equal wherever the same pairs are compared.
     """
 
     query: Tensor
     train: Tensor
     database: Tensor
+    validation: Tensor
     fingerprint: str
 
     def items(self, split: Split) -> Tensor:
         """Item numbers of one split, [n] int64."""
-        return {"query": self.query, "train": self.train, "database": self.database}[split]
+        items: Tensor = getattr(self, split)
+        return items
+
+    def searched_by(self, split: Split) -> Tensor:
+        """Places in `database` of what the queries of a split search, [n] int64: no validation query finds itself."""
+        own = self.validation if split == "validation" else self.validation[:0]
+        return (~torch.isin(self.database, own)).nonzero().squeeze(1)
 
 
 def make_splits(
@@ -112,27 +122,43 @@ def make_splits(
         `permutation`: the rule that the released code of DCMHT, MITH, DSPH and DNPH shares, with NumPy's legacy
         generator. The others: those of JDSH's and CFRH's code, which draw without a seed.
     """
-    query, train = config.query, config.train
+    query, train, validation = config.query, config.train, config.validation
     order = _order(labels, config, lists)
-    if query + train > len(order):
+    if query + train + validation > len(order):
+        asked = (
+            f"{query} query, {train} train and {validation} validation"
+            if validation
+            else f"{query} query and {train} train"
+        )
         raise UserError(
-            f"dataset.split asks for {query} query and {train} train pairs, but there are {len(order)} pairs; "
-            "lower dataset.split.query or dataset.split.train"
+            f"dataset.split asks for {asked} pairs, but there are {len(order)} pairs; "
+            f"lower dataset.split.query{', validation' if validation else ''} or dataset.split.train"
         )
     if families is not None:
-        order = _keep_together(order, families, query)
-    unlabelled = order[:query][~labels[order[:query]].any(dim=1)]
+        order = _keep_together(order, families, query, "query")
+    asking, database = order[:query], order[query:]
+    kept = database.flip(0)  # validation is taken from the end: what is trained on stays what it is without
+    if validation and families is not None:
+        kept = _keep_together(kept, families, validation, "validation")
+    held_out, trained = kept[:validation].flip(0), kept[validation:].flip(0)[:train]
+    for split, items in (("query", asking), ("validation", held_out)):
+        _require_labels(labels, items, split)
+    digest = hashlib.sha256()
+    for part in (asking, trained, database, *([held_out] if validation else [])):
+        digest.update(f"{len(part)};".encode() + part.numpy().astype("<i8").tobytes())
+    digest.update(f"{tuple(labels.shape)};".encode() + np.packbits(labels.numpy()).tobytes())
+    return Splits(asking, trained, database, held_out, digest.hexdigest()[:12])
+
+
+def _require_labels(labels: Tensor, items: Tensor, split: str) -> None:
+    """Refuses queries [n] to which nothing can be relevant."""
+    unlabelled = items[~labels[items].any(dim=1)]
     if len(unlabelled):
         rows = ", ".join(str(int(row)) for row in unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
         raise UserError(
-            f"{len(unlabelled)} pairs of the query split have no label, so nothing is relevant to them: rows {rows} "
+            f"{len(unlabelled)} pairs of the {split} split have no label, so nothing is relevant to them: rows {rows} "
             "(from 0) of the label file; label them, remove them from all files, or choose another dataset.split.seed"
         )
-    digest = hashlib.sha256()
-    for part in (order[:query], order[query : query + train], order[query:]):
-        digest.update(f"{len(part)};".encode() + part.numpy().astype("<i8").tobytes())
-    digest.update(f"{tuple(labels.shape)};".encode() + np.packbits(labels.numpy()).tobytes())
-    return Splits(order[:query], order[query : query + train], order[query:], digest.hexdigest()[:12])
 
 
 def _order(labels: Tensor, config: SplitConfig, lists: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -185,20 +211,22 @@ def _label_by_label(labels: Tensor, config: SplitConfig, draw: np.random.RandomS
     return torch.from_numpy(np.concatenate([*query, *train, rest]).astype(np.int64))
 
 
-def _keep_together(order: Tensor, families: Tensor, query: int) -> Tensor:
-    """Moves whole families to the front, in the order in which they turn up, until `query` items are there.
+def _keep_together(order: Tensor, families: Tensor, count: int, split: str) -> Tensor:
+    """Moves whole families to the front, in the order in which they turn up, until `count` items are there.
 
     A family that no longer fits is passed over; both parts keep their order. [N] int64.
     """
-    sizes = torch.bincount(families).tolist()
+    sizes = torch.bincount(families[order]).tolist()
     chosen: list[int] = []
-    room = query
+    room = count
     for family in dict.fromkeys(families[order].tolist()):
         if sizes[family] <= room:
             chosen.append(family)
             room -= sizes[family]
     if room:
-        raise UserError(f"whole families of variants do not fill a query split of {query}; change dataset.split.query")
+        raise UserError(
+            f"whole families of variants do not fill a {split} split of {count}; change dataset.split.{split}"
+        )
     front = torch.isin(families[order], torch.tensor(chosen))
     return torch.cat([order[front], order[~front]])
 

@@ -132,7 +132,7 @@ def summary(data: PairedDataset, found: Sequence[Found], classes: Sequence[str])
     labels, splits = data.labels, data.splits
     items, per_item = labels.sum(dim=0).numpy(), labels.sum(dim=1).numpy()
     rows = [["", data.config.name], ["pairs", f"{len(data):,}"]]
-    rows += [[f"pairs: {split}", f"{len(splits.items(split)):,}"] for split in SPLITS]
+    rows += [[f"pairs: {split}", f"{len(splits.items(split)):,}"] for split in SPLITS if len(splits.items(split))]
     rows += [
         ["split fingerprint", splits.fingerprint],
         ["labels", f"{labels.shape[1]:,}"],
@@ -178,8 +178,7 @@ def contact_sheet(data: PairedDataset, items: npt.NDArray[np.int64], classes: Se
         UserError: If the file cannot be written.
     """
     chosen = np.sort(np.random.RandomState(0).permutation(items)[: _COLUMNS * _ROWS])
-    query = set(data.splits.query.tolist())
-    train = set(data.splits.train.tolist())
+    split_of = {item: split for split in ("query", "train", "validation") for item in data.splits.items(split).tolist()}
     captions = _captions(data)
     height = _TILE + _LINES * _LINE + 12
     rows = max(-(-len(chosen) // _COLUMNS), 1)
@@ -190,10 +189,9 @@ def contact_sheet(data: PairedDataset, items: npt.NDArray[np.int64], classes: Se
         left, top = 12 + place % _COLUMNS * (_TILE + 12), 12 + place // _COLUMNS * height
         picture = ImageOps.contain(data.pictures.read(item), (_TILE, _TILE))
         sheet.paste(picture, (left + (_TILE - picture.width) // 2, top + (_TILE - picture.height) // 2))
-        split = "query" if item in query else "train" if item in train else "database"
         names = [classes[label] for label in data.labels[item].nonzero()[:, 0].tolist()]
         texts = [] if captions is None else captions.texts[item]
-        lines = [(f"{item}, {split}", "#777777")]
+        lines = [(f"{item}, {split_of.get(item, 'database')}", "#777777")]
         lines += [(line, "#0072B2") for line in _wrapped(", ".join(names) or "no label")]
         lines += [(line, "black") for text in texts for line in _wrapped(f"\u201c{text}\u201d")]
         for number, (line, colour) in enumerate(lines[:_LINES]):

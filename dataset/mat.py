@@ -107,6 +107,11 @@ class MatDataset(PairedDataset):
     def way_out(self, field: str, split: Split) -> str:
         """As `PairedDataset.way_out`."""
         config = self.config
+        if split == "validation" and field.startswith("counterpart_") and config.query_counterpart == "generated":
+            return (
+                "pictures are generated for the queries only: set dataset.split.validation=0, or "
+                "dataset.query_counterpart=text_only"
+            )
         if field in ("image_caption", "counterpart_image", "counterpart_caption"):
             if "image_caption" not in self.columns["train"]:
                 names = ", ".join(config.image_captions) or "a file named in dataset.image_captions"
@@ -138,7 +143,11 @@ class MatDataset(PairedDataset):
 
     def _counterpart(self, split: Split) -> Literal["generated", "text_only", "paired"]:
         """What stands beside the texts of a split; training texts have their own picture."""
-        settings = {"query": self.config.query_counterpart, "database": self.config.database_counterpart}
+        settings = {
+            "query": self.config.query_counterpart,
+            "validation": self.config.query_counterpart,
+            "database": self.config.database_counterpart,
+        }
         return settings.get(split, "paired")
 
     def _add_image_captions(self) -> None:

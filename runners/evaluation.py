@@ -1,7 +1,7 @@
 """From a model and two splits to codes, and from codes to retrieval numbers."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel
 from runners.results import results_table, summarise
-from runners.setup import ENCODED_SPLITS, autocast, build_model, make_loader, open_dataset
+from runners.selection import Reports
+from runners.setup import autocast, build_model, encoded_splits, make_loader, open_dataset
 from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json
 from utils.launch import pick_device
@@ -45,6 +46,23 @@ class SplitCodes:
     def columns(self, start: int, stop: int) -> "SplitCodes":
         """The same rows with the bits `start` to `stop` of every code."""
         return SplitCodes(self.image[:, start:stop], self.text[:, start:stop], self.labels)
+
+    def rows(self, places: Tensor) -> "SplitCodes":
+        """Some of the rows, by their places in the split, [n] int64."""
+        return SplitCodes(self.image[places], self.text[places], self.labels[places])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        codes: Codes of the splits that asked, and of the database.
+        reports: Of every split that asked: retrieval numbers by code length, see `evaluate_codes`.
+    """
+
+    codes: dict[Split, SplitCodes]
+    reports: dict[Split, Reports]
 
 
 @torch.no_grad()
@@ -127,7 +145,7 @@ def evaluate_codes(
 
 
 class Evaluator:
-    """Encodes the query and the database split and computes the numbers of `evaluate_codes`, as often as asked.
+    """Encodes the splits that ask and the database, and computes the numbers of `evaluate_codes`, as often as asked.
 
     Its loaders last as long as it does, so that pictures held in memory are decoded once.
 
@@ -144,36 +162,52 @@ class Evaluator:
         self.device = device
         self.labels: dict[Split, Tensor] = {}
         self.loaders: dict[Split, Loader] = {}
-        for split in ENCODED_SPLITS:
+        self.splits = dataset.splits
+        for split in encoded_splits(dataset):
             absent = model.optional_fields - dataset.offers(split).keys()
             fields = (model.image_fields | model.text_fields) - absent
             self.labels[split] = dataset.labels[dataset.splits.items(split)]
             self.loaders[split] = make_loader(config, dataset, split, fields, device)
 
-    def evaluate(
-        self, check: Callable[[], None] = lambda: None
-    ) -> tuple[SplitCodes, SplitCodes, dict[str, dict[str, float]]]:
+    def evaluate(self, check: Callable[[], None] = lambda: None, asking: Sequence[Split] = ("query",)) -> Evaluation:
         """Evaluates the model's present weights.
 
         Args:
             check: Called before every batch; raises to stop.
-
-        Returns:
-            Codes of the query split, codes of the database split, and the reports by code length.
+            asking: The splits whose items are queries, of `query` and `validation`. No other is encoded.
         """
-        query, database = (
-            encode_split(self.model, self.loaders[split], self.labels[split], self.config.run.precision, check)
-            for split in ENCODED_SPLITS
-        )
-        for name, codes in (("image", database.image), ("text", database.text)):
-            constant = int((codes == codes[:1]).all(dim=0).sum())
+        codes = {
+            split: encode_split(self.model, self.loaders[split], self.labels[split], self.config.run.precision, check)
+            for split in (*asking, "database")
+        }
+        database = codes["database"]
+        for name, side in (("image", database.image), ("text", database.text)):
+            constant = int((side == side[:1]).all(dim=0).sum())
             if constant:
                 logger.warning(
                     "%d of %d bits of the %s codes have one sign for all %d items, so they tell nothing apart",
-                    *(constant, codes.shape[1], name, len(codes)),
+                    *(constant, side.shape[1], name, len(side)),
                 )
-        reports = evaluate_codes(query, database, self.model.code_lengths, self.config.evaluate, self.device)
-        return query, database, reports
+        reports: dict[Split, Reports] = {}
+        for split in asking:
+            searched = database.rows(self.splits.searched_by(split))
+            lengths = self.model.code_lengths
+            reports[split] = evaluate_codes(codes[split], searched, lengths, self.config.evaluate, self.device)
+        return Evaluation(codes, reports)
+
+    def evaluate_saved(self, path: Path, check: Callable[[], None]) -> Evaluation:
+        """Evaluates the weights of a checkpoint of the model's own, which keeps its present ones.
+
+        Args:
+            path: The checkpoint.
+            check: As in `evaluate`.
+        """
+        present = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(load(path).model)
+        try:
+            return self.evaluate(check)
+        finally:
+            self.model.load_state_dict(present)
 
 
 def evaluate_file(config: Config, path: Path) -> None:
@@ -190,30 +224,31 @@ def evaluate_file(config: Config, path: Path) -> None:
     loaded = load(path)
     dataset = open_dataset(config)
     model = build_model(config, dataset, loaded, device, training=False)
-    query, database, reports = Evaluator(config, dataset, model, device).evaluate()
+    found = Evaluator(config, dataset, model, device).evaluate()
     if is_main():
         folder = config.run_folder
         make_folder(folder, "--save-dir")
-        files = [*save_codes(folder, f"codes-{path.stem}", query, database), folder / f"evaluation-{path.stem}.json"]
-        results = summarise(config, model, dataset, [{"epoch": loaded.meta.get("epoch", 0), "reports": reports}])
+        files = [*save_codes(folder, f"codes-{path.stem}", found), folder / f"evaluation-{path.stem}.json"]
+        entry = {"epoch": loaded.meta.get("epoch", 0), "reports": found.reports["query"]}
+        results = summarise(config, model, dataset, [entry], entry)
         write_json(files[-1], results)
         say(results_table(results))
         say(f"written to {folder}: {', '.join(file.name for file in files)}")
     barrier()
 
 
-def save_codes(folder: Path, name: str, query: SplitCodes, database: SplitCodes) -> list[Path]:
+def save_codes(folder: Path, name: str, found: Evaluation) -> list[Path]:
     """Writes codes and labels as `<name>.npz` and, with the peers' key names, as `<name>.mat`.
 
     Args:
         folder: The run's folder.
         name: File name without suffix.
-        query: Codes of the query split.
-        database: Codes of the database split.
+        found: An evaluation of the query split.
 
     Returns:
         The two paths.
     """
+    query, database = found.codes["query"], found.codes["database"]
     arrays = {
         "q_img": query.image,
         "q_txt": query.text,

@@ -6,29 +6,12 @@ from common.config import Config
 from common.metrics import random_map
 from dataset.base import PairedDataset
 from models.base import HashingModel
+from runners.selection import HOW, KEYS, Entry, choices, headline
 from utils.output import table
-
-Reports = dict[str, dict[str, float]]
-SELECTION = "largest i2t + t2i on the query split (the field's habit: there is no validation split)"
-
-
-def headline(reports: Reports) -> dict[str, float]:
-    """The first metric of both cross-modal directions, for the first code length: `{"i2t/mAP@all": ..., ...}`."""
-    numbers = next(iter(reports.values()))
-    found = {}
-    for direction in ("i2t", "t2i"):
-        name = next(name for name in numbers if name.startswith(f"{direction}/"))
-        found[name] = numbers[name]
-    return found
-
-
-def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluation with the largest headline sum; the first of equals."""
-    return max(history, key=lambda entry: sum(headline(entry["reports"]).values()))
 
 
 def summarise(
-    config: Config, model: HashingModel, dataset: PairedDataset, history: list[dict[str, Any]]
+    config: Config, model: HashingModel, dataset: PairedDataset, history: list[Entry], best: Entry
 ) -> dict[str, Any]:
     """Everything that `results.json` holds.
 
@@ -37,15 +20,16 @@ def summarise(
         model: The method; its marks are carried along.
         dataset: The data set, for the numbers of random codes on the same labels.
         history: All evaluations of the run.
+        best: The one that is reported, with numbers of the query split.
 
     Returns:
         A dict of JSON values.
     """
-    best, splits = best_of(history), dataset.splits
+    splits, asked = dataset.splits, [entry for entry in history if KEYS["query"] in entry]
     query_labels, database_labels = dataset.labels[splits.query], dataset.labels[splits.database]
     separate = {}
     for name in headline(best["reports"]):
-        top = max(history, key=lambda entry: headline(entry["reports"])[name])  # noqa: B023 - used at once
+        top = max(asked, key=lambda entry: headline(entry["reports"])[name])  # noqa: B023 - used at once
         separate[name] = {"epoch": top["epoch"], "value": headline(top["reports"])[name]}
     return {
         "model": config.model.name,
@@ -58,10 +42,16 @@ def summarise(
             "query": len(splits.query),
             "train": len(splits.train),
             "database": len(splits.database),
+            "validation": len(splits.validation),
         },
-        "selection": SELECTION if len(history) > 1 else "the only evaluation",
+        "select": config.evaluate.select,
+        "selection": _selection(config, dataset) if len(history) > 1 else "the only evaluation",
         "best": best,
         "last": history[-1],
+        "choices": {
+            select: {"epoch": entry["epoch"], **headline(entry[KEYS["query"]])}
+            for select, entry in choices(history).items()
+        },
         "separate_best": separate,
         "random_codes": {
             bits: {"mAP@all": random_map(query_labels, database_labels, int(bits), config.run.seed)}
@@ -69,6 +59,10 @@ def summarise(
         },
         "marks": [*model.marks, *dataset.marks(model.image_fields | model.text_fields)],
     }
+
+
+def _selection(config: Config, dataset: PairedDataset) -> str:
+    return HOW[config.evaluate.select].format(validation=len(dataset.splits.validation))
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -83,6 +77,18 @@ def results_table(results: dict[str, Any]) -> str:
             values = [f"{numbers[f'{direction}/{metric}']:.4f}" for metric in metrics]
             rows.append([bits, direction, *values, f"{results['random_codes'][bits]['mAP@all']:.4f}"])
     epoch = f", epoch {best['epoch']} of {results['epochs']}" if best["epoch"] else ""
-    lines = [f"{results['model']} on {results['dataset']}{epoch}", table(rows), f"best epoch: {results['selection']}"]
+    lines = [f"{results['model']} on {results['dataset']}{epoch}", table(rows)]
+    lines.append(f"reported epoch: {results['selection']}")
+    if len(results["choices"]) > 1:
+        heading = [
+            "epoch chosen by",
+            "epoch",
+            *(name for name in next(iter(results["choices"].values())) if name != "epoch"),
+        ]
+        chosen = [
+            [select, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in found.values())]
+            for select, found in results["choices"].items()
+        ]
+        lines.append(table([heading, *chosen]))
     lines += [f"note: {mark}" for mark in results["marks"]]
     return "\n".join(lines)

@@ -21,8 +21,9 @@ from common.types import Progress, StepOutput
 from models.base import HashingModel
 from runners import encoding
 from runners.evaluation import Evaluator, save_codes
-from runners.results import best_of, headline, results_table, summarise
+from runners.results import results_table, summarise
 from runners.resuming import check_resumable, claim_folder, newest_checkpoint
+from runners.selection import KEYS, out_of_patience, reported, scores, watched_splits
 from runners.setup import (
     autocast,
     build_model,
@@ -49,7 +50,7 @@ class RunState:
 
     Attributes:
         step: Optimizer steps taken.
-        history: One entry an evaluation: `{"epoch": 3, "reports": {"16": {"i2t/mAP@all": 0.5, ...}}}`.
+        history: One entry an evaluation: `{"epoch": 3, "reports": {"16": {"i2t/mAP@all": 0.5, ...}}}`, see `selection`.
     """
 
     step: int = 0
@@ -88,6 +89,7 @@ class Runner:
         if resume and loaded is None:
             logger.info("no checkpoint in %s yet: starting at the beginning", self.checkpoints.folder)
         self.dataset = open_dataset(self.config)
+        self.watched = watched_splits(self.config, self.dataset)
         if loaded is not None:
             check_resumable(loaded, self.config, self.dataset)
         self.model = build_model(self.config, self.dataset, loaded, self.device, training=True)
@@ -123,7 +125,7 @@ class Runner:
                 while True:
                     if self._evaluation_is_due():
                         self.evaluate_epoch()
-                    if self.state.step == self.steps:
+                    if self.state.step == self.steps or out_of_patience(self.state.history, self.config):
                         break
                     self.train_epoch()
             self._finish()
@@ -149,16 +151,18 @@ class Runner:
 
     def evaluate_epoch(self) -> None:
         """Evaluates the present weights; keeps them and their codes if they are the best so far."""
-        query, database, reports = self.evaluator.evaluate(self._stop_between_batches)
+        found = self.evaluator.evaluate(self._stop_between_batches, self.watched)
         epoch = self.state.step // len(self.train_loader)
-        self.state.history.append({"epoch": epoch, "reports": reports})
-        best = best_of(self.state.history) is self.state.history[-1]
+        self.state.history.append({"epoch": epoch, **{KEYS[split]: found.reports[split] for split in self.watched}})
+        best = reported(self.state.history, self.config) is self.state.history[-1]
         if self.record is not None:  # the first process
             if best:
                 checkpoint.save(self.folder / "best.pt", self._meta(epoch=epoch), self.model.state_dict())
-                save_codes(self.folder, "codes-best", query, database)
-            self.record.write("evaluation", self.state.step, {"epoch": epoch, **headline(reports)})
-            numbers = "  ".join(f"{name} {value:.4f}" for name, value in headline(reports).items())
+                if "query" in self.watched:
+                    save_codes(self.folder, "codes-best", found)
+            seen = scores(found.reports)
+            self.record.write("evaluation", self.state.step, {"epoch": epoch, **seen})
+            numbers = "  ".join(f"{name} {value:.4f}" for name, value in seen.items())
             logger.info("epoch %d/%d  %s%s", epoch, self.config.run.epochs, numbers, "  (best so far)" if best else "")
         barrier()
 
@@ -221,9 +225,16 @@ class Runner:
 
     def _finish(self) -> None:
         """Prints and writes what the run found."""
+        best = reported(self.state.history, self.config)
+        found = None
+        if KEYS["query"] not in best:
+            found = self.evaluator.evaluate_saved(self.folder / "best.pt", self._stop_between_batches)
+            best[KEYS["query"]] = found.reports["query"]
         if self.record is not None:  # the first process
             self.record.close()
-            results = summarise(self.config, self.model, self.dataset, self.state.history)
+            if found is not None:
+                save_codes(self.folder, "codes-best", found)
+            results = summarise(self.config, self.model, self.dataset, self.state.history, best)
             write_json(self.folder / "results.json", results)
             say(results_table(results))
             files = ("results.json", "best.pt", "codes-best.npz", "codes-best.mat", "log.jsonl", "config.yaml")

@@ -28,7 +28,11 @@ from utils.progress import progress
 from utils.seeding import seed_torch
 
 logger = logging.getLogger(__name__)
-ENCODED_SPLITS: tuple[Split, ...] = ("query", "database")
+
+
+def encoded_splits(dataset: PairedDataset) -> tuple[Split, ...]:
+    """The splits of which codes are made: queries first, the database last."""
+    return ("query", *(("validation",) if len(dataset.splits.validation) else ()), "database")
 
 
 def open_dataset(config: Config) -> PairedDataset:
@@ -44,12 +48,13 @@ def open_dataset(config: Config) -> PairedDataset:
     dataset = cls(config.dataset)
     splits = dataset.splits
     logger.info(
-        "%s: %d pairs, %d labels; %d query, %d train, %d database (split %s)",
+        "%s: %d pairs, %d labels; %d query, %d train, %s%d database (split %s)",
         config.dataset.name,
         len(dataset),
         dataset.labels.shape[1],
         len(splits.query),
         len(splits.train),
+        f"{len(splits.validation)} validation, " if len(splits.validation) else "",
         len(splits.database),
         splits.fingerprint,
     )
@@ -74,7 +79,7 @@ def build_model(
     cls: type[HashingModel] = MODELS.get(config.model.name)
     if training:
         dataset.require("train", config.model.reads(cls.fields - cls.optional_fields))
-    for split in ENCODED_SPLITS:
+    for split in encoded_splits(dataset):
         needed = (cls.image_fields | cls.text_fields) - (cls.optional_fields - dataset.promised(split))
         dataset.require(split, config.model.reads(needed))
     states: dict[str, Tensors] = {}  # what stands before the names -> the model that the checkpoint may hold there

@@ -30,5 +30,5 @@ def saved(config: Config, path: Path) -> tuple[PairedDataset, HashingModel, Spli
     model = build_model(config, dataset, None, torch.device("cpu"), training=False)
     meta = {"config": config.tree, encoding.KEY: encoding.describe(config, model, dataset)}
     checkpoint.save(path, json.loads(json.dumps(meta)), model.state_dict())
-    query, database, _ = Evaluator(config, dataset, model, torch.device("cpu")).evaluate()
-    return dataset, model, query, database
+    codes = Evaluator(config, dataset, model, torch.device("cpu")).evaluate().codes
+    return dataset, model, codes["query"], codes["database"]

@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "captions": ["caption.mat", "caption.txt"],
     "labels": ["label.mat"],
     "image_captions": ["image_caption.mat", "image_caption.txt", "image_caption.jsonl"],
-    "split": {"protocol": "permutation", "seed": 3, "query": 6, "train": 10, "per_label": None},
+    "split": {"protocol": "permutation", "seed": 3, "query": 6, "train": 10, "validation": 0, "per_label": None},
     "image_size": 16,
     "augment": False,
     "stored_size": 24,
@@ -74,9 +74,11 @@ def write(root: Path, items: int = ITEMS, width: int = 24, height: int = 24) -> 
     return root
 
 
-def permutation(seed: int, query: int, train: int) -> SplitConfig:
+def permutation(seed: int, query: int, train: int, validation: int = 0) -> SplitConfig:
     """The split that most papers use."""
-    return SplitConfig(protocol="permutation", seed=seed, query=query, train=train, per_label=None)
+    return SplitConfig(
+        protocol="permutation", seed=seed, query=query, train=train, validation=validation, per_label=None
+    )
 
 
 def config(root: Path, **values: Any) -> MatConfig:

@@ -70,7 +70,7 @@ def test_query_without_a_label_is_named():
 
 def by_label(seed=5, query=9, train=15, shares=(2, 3)) -> SplitConfig:
     per_label = PerLabelConfig(query=shares[0], train=shares[1])
-    return SplitConfig(protocol="per_label", seed=seed, query=query, train=train, per_label=per_label)
+    return SplitConfig(protocol="per_label", seed=seed, query=query, train=train, validation=0, per_label=per_label)
 
 
 def test_every_label_gives_its_share_and_the_first_what_is_left():
@@ -120,11 +120,11 @@ def test_shares_that_labels_cannot_give(config, match):
 
 def test_per_label_needs_its_shares():
     with pytest.raises(ValueError, match="per_label needs per_label"):
-        SplitConfig(protocol="per_label", seed=1, query=4, train=4, per_label=None)
+        SplitConfig(protocol="per_label", seed=1, query=4, train=4, validation=0, per_label=None)
 
 
 def test_the_last_pairs_are_the_queries():
-    config = SplitConfig(protocol="last", seed=1, query=3, train=5, per_label=None)
+    config = SplitConfig(protocol="last", seed=1, query=3, train=5, validation=0, per_label=None)
     splits = make_splits(torch.ones(10, 2, dtype=torch.bool), config)
     assert splits.query.tolist() == [7, 8, 9]
     assert splits.train.tolist() == [0, 1, 2, 3, 4]
@@ -133,7 +133,7 @@ def test_the_last_pairs_are_the_queries():
 
 def test_listed_queries_and_database():
     labels, lists = torch.ones(10, 2, dtype=torch.bool), (torch.tensor([8, 2]), torch.tensor([0, 1, 4, 5, 9]))
-    config = SplitConfig(protocol="lists", seed=1, query=2, train=3, per_label=None)
+    config = SplitConfig(protocol="lists", seed=1, query=2, train=3, validation=0, per_label=None)
     splits = make_splits(labels, config, lists=lists)
     assert splits.query.tolist() == [8, 2]
     assert sorted(splits.database.tolist()) == [0, 1, 4, 5, 9]

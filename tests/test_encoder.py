@@ -209,7 +209,8 @@ def test_on_a_gpu(precision: str, tmp_path: Path, tiny_overrides: list[str]) -> 
     config = configured("MITH", tiny_overrides, f"run.precision={precision}")
     dataset, model, *_ = saved(config, tmp_path / "best.pt")
     device = torch.device("cuda")
-    query, database, _ = Evaluator(config, dataset, model.to(device), device).evaluate()
+    codes = Evaluator(config, dataset, model.to(device), device).evaluate().codes
+    query, database = codes["query"], codes["database"]
     encoder = Encoder.load(tmp_path / "best.pt", device="cuda")
     check(encoder, dataset, model, "query", query)
     check(encoder, dataset, model, "database", database)

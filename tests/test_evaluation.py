@@ -15,7 +15,12 @@ from tests.processes import run_processes
 from tests.tiny_data import PAIRS
 
 CONFIG = EvaluateConfig(
-    every=1, batch_size=4, cutoffs=["all", 5], definitions=["relevant", "top", "expected"], caption="first"
+    every=1,
+    batch_size=4,
+    cutoffs=["all", 5],
+    definitions=["relevant", "top", "expected"],
+    caption="first",
+    select="query",
 )
 
 

@@ -157,8 +157,9 @@ def test_lines_patterns_and_several_inputs(trained: Path, photos: Path, tmp_path
 def test_a_data_set_ranks_as_the_evaluation(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """Codes, distances and order in all four directions, and the mAP of the full ranking."""
     config = configured("MITH", tiny_overrides, "evaluate.caption=random")
-    dataset, model, query, _ = saved(config, tmp_path / "best.pt")
-    assert_same_ranking(tmp_path / "best.pt", tmp_path / "index", *Evaluator(config, dataset, model, CPU).evaluate())
+    dataset, model, query, database = saved(config, tmp_path / "best.pt")
+    reports = Evaluator(config, dataset, model, CPU).evaluate().reports["query"]
+    assert_same_ranking(tmp_path / "best.pt", tmp_path / "index", query, database, reports)
     out, _ = index(
         tmp_path / "best.pt", tmp_path / "queries", "dataset:tiny:query", f"dataset.root={config.dataset.root}"
     )

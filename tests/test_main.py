@@ -352,6 +352,7 @@ def test_a_checkpoint_names_no_place_and_starts_no_process(trained: Path, tmp_pa
     meta["config"]["run"].update(save_dir=trap, cache_dir=trap, device="cpu:2000", distribute=True)
     meta["config"]["dataset"].update(cache=trap, root=trap)
     del meta["config"]["dataset"]["image_features"], meta["config"]["run"]["keep_checkpoints"]  # an earlier version's
+    del meta["config"]["dataset"]["split"]["validation"], meta["config"]["evaluate"]["select"]
     model = tmp_path / "there" / "model.pt"
     model.parent.mkdir()
     torch.save({**content, "meta": json.dumps(meta)}, model)

@@ -14,7 +14,7 @@ from dataset.texts.tokenizer import END_OF_TEXT
 from models.blocks.center_files import write_centers
 from models.blocks.hash_centers import HashCenters
 from models.clip.weights import write_clip
-from runners.setup import ENCODED_SPLITS, make_loader, open_dataset
+from runners.setup import encoded_splits, make_loader, open_dataset
 from tests import tiny_data
 from tests.commands import ROOT, refused, run
 from tests.parity_cases import open_case
@@ -141,7 +141,7 @@ def assert_codes(
     config = load_config(file, entries)
     dataset = open_dataset(config)
     with np.load(written) as found:
-        for split, key in zip(ENCODED_SPLITS, ("q", "r"), strict=True):
+        for split, key in zip(encoded_splits(dataset), ("q", "r"), strict=True):
             fields = (model.image_fields | model.text_fields) & dataset.offers(split).keys()
             for batch in make_loader(config, dataset, split, frozenset(fields), torch.device("cpu")).once():
                 with torch.no_grad():
