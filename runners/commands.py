@@ -95,10 +95,10 @@ def _do(options: argparse.Namespace) -> int:
 
         check_data(options.check_data, options.overrides, None if options.save_dir is None else Path(options.save_dir))
         return 0
-    if options.index is not None or options.search is not None:
+    if options.index is not None or options.search is not None or options.serve is not None:
         from runners.search import commands
 
-        (commands.index_command if options.index is not None else commands.search_command)(options)
+        commands.execute(options)
         return 0
     sweep = None
     if options.config_file is not None and has_section(options.config_file, "sweep"):

@@ -10,9 +10,20 @@ from typing import Any
 from common.errors import UserError
 from runners.encoder import Picture
 from runners.search.index import Hit
+from utils.extras import extra
 from utils.output import say, table
 
 _SHOWN = 80  # characters of a path or text in a table
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Does what the options ask of an index."""
+    if options.index is not None:
+        index_command(options)
+    elif options.search is not None:
+        search_command(options)
+    else:
+        serve_command(options)
 
 
 def index_command(options: argparse.Namespace) -> None:
@@ -63,6 +74,19 @@ def search_command(options: argparse.Namespace) -> None:
                 say(json.dumps({"query": question, "hits": [shown(hit) for hit in hits]}, ensure_ascii=False))
             else:
                 say(_hits_table(question, hits))
+
+
+def serve_command(options: argparse.Namespace) -> None:
+    """`--serve DIR`: a page and a JSON service until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: As `serve`; if a package is missing.
+    """
+    for module in ("fastapi", "uvicorn", "python_multipart"):
+        extra(module, "requirements-serve.txt", "--serve")
+    from runners.search.server import serve
+
+    serve(options.serve, options.overrides, options.device or "auto")
 
 
 def is_picture(question: str) -> bool:

@@ -187,22 +187,25 @@ class DataSplit(Input):
     Args:
         data: The data set.
         split: Which.
+        fields: What is read, beside pictures and texts.
         seed: `run.seed`, which chooses among several texts.
         caption: `evaluate.caption`.
     """
 
-    def __init__(self, data: PairedDataset, split: Split, seed: int, caption: str) -> None:
+    def __init__(self, data: PairedDataset, split: Split, fields: frozenset[str], seed: int, caption: str) -> None:
         self.name = f"{DATASET}{data.config.name}:{split}"
         self.data = data
         self.split: Split = split
         self.items = data.splits.items(split).tolist()
+        self.fields = sorted(data.columns[split].keys() & (fields | {"image", "text"}))
+        self.files = data.pictures.files()
         self.draws = caption_draws(seed, torch.arange(len(self.items)), random=caption == "random")
 
     def things(self) -> Iterator[Thing]:
         """As `Input.things`."""
         for row, item in enumerate(self.items):
             key = f"{DATASET}{self.data.config.name}#{item}"
-            fields = {name: self._value(name, row) for name in self.data.columns[self.split]}
+            fields = {name: self._value(name, row) for name in self.fields}
             labels = self.data.labels[item].nonzero()[:, 0].tolist()
             metadata: dict[str, Any] = {"name": self.data.names[item], "labels": labels}
             picture, text = fields["image"], fields.get("text")
@@ -216,8 +219,8 @@ class DataSplit(Input):
         """What an encoder takes for a field: a picture, a string, or numbers."""
         column, place = self.data.columns[self.split][name], torch.tensor([row])
         if isinstance(column, PictureColumn):
-            number, files = int(column.numbers[row]), self.data.pictures.files()
-            return StoredPicture(self.data, number) if files is None else PictureFile(files[number])
+            number = int(column.numbers[row])
+            return StoredPicture(self.data, number) if self.files is None else PictureFile(self.files[number])
         if isinstance(column, CaptionColumn):
             return column.captions.chosen(column.items[place], self.draws[place])[0]
         if isinstance(column, WordColumn):
@@ -266,11 +269,12 @@ def _open_split(text: str, encoder: Encoder, overrides: list[str]) -> DataSplit:
     split = next((split for split in SPLITS if split == (wanted or "database")), None)
     if split is None:
         raise UserError(f"--input {text}: {wanted!r} is no split; name one of {', '.join(SPLITS)}")
+    fields = encoder.fields["image"] | encoder.fields["text"]
     trained_on = encoder.tree.get("dataset")
     if isinstance(trained_on, dict) and trained_on.get("name") == name:
         config = checkpoint_config(encoder.tree, encoder.path, overrides)
-        return DataSplit(open_dataset(config), split, config.run.seed, config.evaluate.caption)
+        return DataSplit(open_dataset(config), split, fields, config.run.seed, config.evaluate.caption)
     section = load_dataset(dataset_file(name, f"--input {DATASET}"), overrides)
     cls: type[PairedDataset] = DATASETS.get(section.type)
     cls.ensure(section)
-    return DataSplit(cls(section), split, 0, "first")
+    return DataSplit(cls(section), split, fields, 0, "first")
