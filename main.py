@@ -15,7 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load, which takes seconds: no traceback
 
 from common.errors import UserError
-from common.registry import DATASETS, MODELS, RUNNERS, near_names
+from common.registry import DATASETS, INDEXES, MODELS, RUNNERS, near_names
 from utils.output import BROKEN_PIPE, say, table
 
 
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
                         help="Python file that registers a method, runner or data set of your own")  # fmt: skip
     parser.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")
-    parser.add_argument("--list", action="store_true", help="list methods, runners and data sets")
+    parser.add_argument("--list", action="store_true", help="list methods, runners, data sets and index engines")
     parser.add_argument("--print-config", action="store_true", help="print every value and where it came from")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.bits=64 run.epochs=10")
     return parser.parse_intermixed_args(arguments)
@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def list_registered() -> str:
     """All registered names with the first line of their documentation."""
     rows = [["kind", "name", "what it is"]]
-    for registry in (MODELS, RUNNERS, DATASETS):
+    for registry in (MODELS, RUNNERS, DATASETS, INDEXES):
         rows += [[registry.kind, name, what] for name, what in registry.described().items()]
         rows += [[registry.kind, module, f"could not be imported: {why}"] for module, why in registry.failed.items()]
     return table(rows)

@@ -5,9 +5,11 @@ import os
 import random
 import shutil
 import sqlite3
+import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -251,11 +253,51 @@ def test_bad_commands(trained: Path, photos: Path, tmp_path: Path, tiny_override
         (("--search", folder, "a dog", "search.k=0"), "search.k"),
     ):  # fmt: skip
         assert message in refused(*arguments), arguments
-    assert not (tmp_path / "new" / "index.json").exists()
+    assert not (tmp_path / "new").exists()
     with Index.open(folder, writable=True):
         assert "another process is changing the index" in refused(
             "--index", trained, "--input", photos, "--save-dir", folder
         )
+
+
+def test_engines_that_cannot_be_had(trained: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = ("--index", trained, "--input", photos, "--save-dir", tmp_path / "new", "search.engine=pgvector")
+    assert "search.address is null" in refused(*arguments)
+    assert "127.0.0.1" in refused(*arguments, "search.address=postgresql://nobody@127.0.0.1:1/none")
+    with mock.patch.dict(sys.modules, {"psycopg": None}):
+        assert "pip install -r requirements-engines.txt" in refused(*arguments, "search.address=postgresql://x@y/z")
+    assert not (tmp_path / "new/index.json").exists()
+
+
+def test_a_picture_bomb_is_passed_over(
+    trained: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    Image.new("L", (50, 50)).save(photos / "bomb.png")
+    out, err = index(trained, tmp_path / "index", photos)
+    assert counts(out, "image") == [11, 0, 11] and "bomb.png has more than 2000 pixels" in err
+
+
+def test_methods_that_need_more_than_a_picture_or_a_text(
+    tmp_path: Path, tiny_overrides: list[str], photos: Path
+) -> None:
+    """They take it from the rows of a manifest; where nothing can give it, that is said before anything is written."""
+    trained = tmp_path / "best.pt"
+    saved(configured("UCMFH", tiny_overrides, "model.missing=paired"), trained)
+    line = refused("--index", trained, "--input", photos, "--save-dir", tmp_path / "index")
+    assert "image codes are made from image and text, and there is no text here" in line
+    assert not (tmp_path / "index").exists()
+    rows = tmp_path / "rows.csv"
+    rows.write_text("image,text\nphotos/0.png,zero\nphotos/2.png,two\n")
+    index(trained, tmp_path / "index", rows)
+    encoder, found = Encoder.load(trained, device="cpu"), content(tmp_path / "index")
+    pictures, texts = [str(photos / "0.png"), str(photos / "2.png")], ["zero", "two"]
+    for kind, keys, codes in (
+        ("image", pictures, encoder.images(pictures, text=texts)),
+        ("text", [f"{p}\n{t}" for p, t in zip(pictures, texts, strict=True)], encoder.texts(texts, image=pictures)),
+    ):
+        assert [found[kind, key][0] for key in keys] == [code.tobytes() for code in codes.packed()]
+    assert "there is no image here" in refused("--search", tmp_path / "index", "zero")
 
 
 def test_damaged_indexes(trained: Path, photos: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:

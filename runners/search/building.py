@@ -75,7 +75,11 @@ def build_index(
     for_search = [entry for entry in overrides if not entry.startswith("dataset.")]
     for_data = [entry for entry in overrides if entry.startswith("dataset.")]
     opened = [open_input(text, encoder, for_data) for text in inputs]
-    if not sum(1 for source in opened for _ in source.things()):  # to its end, so that what is wrong is found now
+    count = 0
+    for thing in itertools.chain.from_iterable(source.things() for source in opened):
+        encoder.reads(thing.kind, thing.item)  # to the end, so that what is wrong is found before anything is written
+        count += 1
+    if not count:
         raise UserError(f"{', '.join(inputs)}: there are no pictures and no texts; name another --input")
     with _open(folder, encoder, for_search) as index:
         if index.config.batch_size is not None:

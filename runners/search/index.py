@@ -80,12 +80,13 @@ class Index:
         self.header = header
         self.config = config
         self._lock = None
+        engine = INDEXES.get(header.engine)  # before anything is made
         if writable:
             make_folder(folder, "--save-dir")
             self._lock = FolderLock(folder)
             if not self._lock.acquire(wait=False):
                 raise UserError(f"another process is changing the index {folder}; wait for it to end")
-        self.engine: Engine = INDEXES.get(header.engine)(folder, header, config, writable=writable)
+        self.engine: Engine = engine(folder, header, config, writable=writable)
 
     @classmethod
     def open(cls, folder: str | Path, *, writable: bool = False, overrides: Sequence[str] = ()) -> Self:
