@@ -121,6 +121,7 @@ class EvaluateConfig(Section):
     # see README, "How results are defined"
     definitions: list[Literal["relevant", "top", "expected"]] = Field(min_length=1)
     caption: Literal["random", "first"]  # of several captions: a seeded random one (as the papers), or the first
+    pairs: bool  # also recall@k and median rank of a query's own partner, within the split that asks
     select: Literal["query", "validation", "last"]  # which epoch is reported: the best on that split, or the last
 
 

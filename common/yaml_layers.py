@@ -1,6 +1,7 @@
 """YAML as layers: reading, merging parents and overrides, and where every value came from.
 
-A file names its parents in `base: [..]` (paths relative to the file); sections merge, scalars and lists replace;
+A file names its parents in `base: [..]` (paths relative to the file); sections merge, scalars and lists replace, and so
+does a `dataset:` section of another `type`;
 `key=value` of the command line comes last. What the values mean stands in `common/config.py`.
 """
 
@@ -150,13 +151,31 @@ def read_layers(path: Path, origins: dict[str, str], below: tuple[Path, ...]) ->
         raise UserError(f"{path}: `base` must be a list of paths, e.g. base: [../base.yaml], not {parents!r}")
     merged: Tree = {}
     for parent in parents:
-        _merge(merged, read_layers(Path(os.path.normpath(path.parent / parent)), origins, (*below, path.resolve())))
+        own: dict[str, str] = {}
+        layer = read_layers(Path(os.path.normpath(path.parent / parent)), own, (*below, path.resolve()))
+        _replace_other_kind(merged, layer, origins)
+        origins.update(own)
+        _merge(merged, layer)
+    _replace_other_kind(merged, tree, origins)
     for key in _leaves(tree):
         for old in [o for o in origins if key.startswith(o + ".") or o.startswith(key + ".")]:
             del origins[old]
         origins[key] = str(path)
     _merge(merged, tree)
     return merged
+
+
+def _replace_other_kind(merged: Tree, layer: Tree, origins: dict[str, str]) -> None:
+    """Removes the data set of the layers below where a file names one of another type: its settings are others."""
+    below, above = merged.get("dataset"), layer.get("dataset")
+    if (
+        isinstance(below, dict)
+        and isinstance(above, dict)
+        and above.get("type", below.get("type")) != below.get("type")
+    ):
+        del merged["dataset"]
+        for key in [key for key in origins if key.startswith("dataset.")]:
+            del origins[key]
 
 
 def apply_overrides(tree: Tree, origins: dict[str, str], overrides: list[str]) -> Tree:

@@ -7,7 +7,7 @@ it (tokens, splits, loaders) is shared.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -40,8 +40,9 @@ class SplitConfig(Section):
     """`dataset.split`: the protocol that deals the pairs out."""
 
     # permutation: at random; per_label: at random, label by label (JDSH, CFRH); lists: queries and database as the
-    # label file (COCO.mat) lists them; last: the last pairs are the queries (Wikipedia's published lists)
-    protocol: Literal["permutation", "per_label", "lists", "last"]
+    # label file (COCO.mat) lists them; last: the last pairs are the queries (Wikipedia's published lists);
+    # column: as the split column of a manifest says
+    protocol: Literal["permutation", "per_label", "lists", "last", "column"]
     seed: int = Field(ge=0, lt=2**32)  # of the permutations; independent of run.seed
     query: int = Field(gt=0)  # pairs of the query split
     train: int = Field(gt=0)  # pairs of the training split, which is a part of the database
@@ -100,7 +101,11 @@ class Splits:
 
 
 def make_splits(
-    labels: Tensor, config: SplitConfig, families: Tensor | None = None, lists: tuple[Tensor, Tensor] | None = None
+    labels: Tensor,
+    config: SplitConfig,
+    families: Tensor | None = None,
+    lists: tuple[Tensor, Tensor] | None = None,
+    column: Mapping[Split, Tensor] | None = None,
 ) -> Splits:
     """Deals items out by a seeded protocol: first the queries, then the training set; all but queries are searched.
 
@@ -110,6 +115,8 @@ def make_splits(
         families: Items with equal numbers are variants of one thing and stay on one side of the query split, [N] int64;
             None where every item stands for itself.
         lists: Item numbers of the queries [Q] and of the database [D], for protocol `lists`.
+        column: Item numbers [n] of every split, those of the database without what is trained on or held out, for
+            protocol `column`.
 
     Returns:
         The splits.
@@ -123,7 +130,7 @@ def make_splits(
         generator. The others: those of JDSH's and CFRH's code, which draw without a seed.
     """
     query, train, validation = config.query, config.train, config.validation
-    order = _order(labels, config, lists)
+    order = _order(labels, config, lists, column)
     if query + train + validation > len(order):
         asked = (
             f"{query} query, {train} train and {validation} validation"
@@ -134,6 +141,9 @@ def make_splits(
             f"dataset.split asks for {asked} pairs, but there are {len(order)} pairs; "
             f"lower dataset.split.query{', validation' if validation else ''} or dataset.split.train"
         )
+    if families is not None and config.protocol == "column":
+        _require_together(families, order, (query, len(order) - validation))
+        families = None
     if families is not None:
         order = _keep_together(order, families, query, "query")
     asking, database = order[:query], order[query:]
@@ -153,7 +163,7 @@ def make_splits(
 def _require_labels(labels: Tensor, items: Tensor, split: str) -> None:
     """Refuses queries [n] to which nothing can be relevant."""
     unlabelled = items[~labels[items].any(dim=1)]
-    if len(unlabelled):
+    if len(unlabelled) and labels.shape[1]:  # without any label pairs are what is retrieved
         rows = ", ".join(str(int(row)) for row in unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
         raise UserError(
             f"{len(unlabelled)} pairs of the {split} split have no label, so nothing is relevant to them: rows {rows} "
@@ -161,7 +171,24 @@ def _require_labels(labels: Tensor, items: Tensor, split: str) -> None:
         )
 
 
-def _order(labels: Tensor, config: SplitConfig, lists: tuple[Tensor, Tensor] | None) -> Tensor:
+def _require_together(families: Tensor, order: Tensor, borders: tuple[int, int]) -> None:
+    """Refuses a family [N] that a split column divides: its items lie on two sides of a border of the order [n]."""
+    sides: dict[int, int] = {}
+    for place, family in enumerate(families[order].tolist()):
+        side = sum(place >= border for border in borders)
+        if sides.setdefault(family, side) != side:
+            raise UserError(
+                f"the split column divides the family of row {int(order[place])} (from 0) between queries, validation "
+                "and the others, so that variants of what is trained on would be queries; put a family into one split"
+            )
+
+
+def _order(
+    labels: Tensor,
+    config: SplitConfig,
+    lists: tuple[Tensor, Tensor] | None,
+    column: Mapping[Split, Tensor] | None,
+) -> Tensor:
     """Item numbers by the protocol: the queries, then the training set, then the rest of the database; [n] int64."""
     draw, count = np.random.RandomState(config.seed), len(labels)
     if config.protocol == "permutation":
@@ -170,12 +197,27 @@ def _order(labels: Tensor, config: SplitConfig, lists: tuple[Tensor, Tensor] | N
         return torch.arange(count).roll(config.query)
     if config.protocol == "per_label":
         return _label_by_label(labels, config, draw)
+    if config.protocol == "column":
+        return _order_of_column(config, column)
     if lists is None:
         raise UserError("dataset.split.protocol is lists, but this data set lists no queries; choose another protocol")
     query, database = lists
     if len(query) != config.query:
         raise UserError(f"the data set lists {len(query)} queries; set dataset.split.query={len(query)}")
     return torch.cat([query, database[torch.from_numpy(draw.permutation(len(database)))]])
+
+
+def _order_of_column(config: SplitConfig, column: Mapping[Split, Tensor] | None) -> Tensor:
+    """[n] int64: queries, what is trained on, the rest, what is held out."""
+    if column is None:
+        raise UserError(
+            "dataset.split.protocol is column, but this data set has no such column; choose another protocol"
+        )
+    sizes: dict[Split, int] = {"query": config.query, "train": config.train, "validation": config.validation}
+    if any(len(column[split]) != size for split, size in sizes.items()):
+        found = " ".join(f"dataset.split.{split}={len(column[split])}" for split in sizes)
+        raise UserError(f"the split column has other sizes than dataset.split; set {found}")
+    return torch.cat([column["query"], column["train"], column["database"], column["validation"]])
 
 
 def _label_by_label(labels: Tensor, config: SplitConfig, draw: np.random.RandomState) -> Tensor:
@@ -243,6 +285,8 @@ class Contents:
         words: Word vectors that the data set brings along, [N, V] bool or float32; None to make them from the captions.
         families: Equal numbers mark variants of one thing, which the split keeps together, [N] int64; None: none.
         lists: Item numbers of the queries [Q] and of the database [D], where the files list them; else None.
+        column: Item numbers of every split, where the files say which each belongs to; else None.
+        label_names: Names of the labels; None where they have numbers only.
     """
 
     names: Sequence[str]
@@ -252,6 +296,8 @@ class Contents:
     words: Tensor | None
     families: Tensor | None = None
     lists: tuple[Tensor, Tensor] | None = None
+    column: Mapping[Split, Tensor] | None = None
+    label_names: Sequence[str] | None = None
 
 
 class PairedDataset(ABC):
@@ -266,6 +312,7 @@ class PairedDataset(ABC):
         names: Name of every item, for messages.
         pictures: Reads pictures by number; the first N are those of the items.
         labels: Multi-hot labels, [N, C] bool.
+        label_names: Names of the labels; None where they have numbers only.
         splits: Which items belong to which split.
         columns: The fields of every split: `columns[split][field]`.
 
@@ -295,7 +342,8 @@ class PairedDataset(ABC):
         self.names = contents.names
         self.pictures = contents.pictures
         self.labels = contents.labels
-        self.splits = make_splits(contents.labels, config.split, contents.families, contents.lists)
+        self.label_names = contents.label_names
+        self.splits = make_splits(contents.labels, config.split, contents.families, contents.lists, contents.column)
         self.picture_shape = (3, config.image_size, config.image_size)
         self.columns: dict[Split, dict[str, Column]] = {}
         captions = contents.captions

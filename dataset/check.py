@@ -111,6 +111,8 @@ def class_names(data: PairedDataset) -> list[str]:
         UserError: If the file names another number of labels.
     """
     count = data.labels.shape[1]
+    if data.label_names is not None:
+        return list(data.label_names)
     if isinstance(data.config, MatConfig):
         path = Path(data.config.root) / "labels.txt"
         if path.is_file():

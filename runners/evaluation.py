@@ -13,11 +13,12 @@ from torch import Tensor
 from common.checkpoint import load
 from common.config import Config, EvaluateConfig
 from common.metrics import mean_over_queries, retrieval_values
+from common.pair_metrics import pair_report, partner_values
 from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel
 from runners.results import results_table, summarise
-from runners.selection import Reports
+from runners.selection import Reports, require_measurable
 from runners.setup import autocast, build_model, encoded_splits, make_loader, open_dataset
 from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json
@@ -130,6 +131,12 @@ def evaluate_codes(
         start += bits
         numbers: dict[str, float] = {}
         for direction, (asks, answers) in DIRECTIONS.items():
+            if config.pairs and asks != answers:
+                pairs = partner_values(getattr(q, asks)[own].to(device), getattr(q, answers).to(device), own.to(device))
+                report = pair_report({name: gather_rows(part) for name, part in pairs.items()})
+                numbers.update({f"{direction}/{name}": value for name, value in report.items()})
+            if not q.labels.shape[1]:  # nothing to share
+                continue
             values = retrieval_values(
                 getattr(q, asks)[own].to(device),
                 getattr(d, answers).to(device),
@@ -223,6 +230,7 @@ def evaluate_file(config: Config, path: Path) -> None:
     device = pick_device(config.run.device, config.run.distribute)
     loaded = load(path)
     dataset = open_dataset(config)
+    require_measurable(config, dataset)
     model = build_model(config, dataset, loaded, device, training=False)
     found = Evaluator(config, dataset, model, device).evaluate()
     if is_main():

@@ -4,6 +4,7 @@ from typing import Any
 
 from common.config import Config
 from common.metrics import random_map
+from common.pair_metrics import random_pairs
 from dataset.base import PairedDataset
 from models.base import HashingModel
 from runners.selection import HOW, KEYS, Entry, choices, headline
@@ -27,6 +28,7 @@ def summarise(
     """
     splits, asked = dataset.splits, [entry for entry in history if KEYS["query"] in entry]
     query_labels, database_labels = dataset.labels[splits.query], dataset.labels[splits.database]
+    labelled = dataset.labels.shape[1] > 0
     separate = {}
     for name in headline(best["reports"]):
         top = max(asked, key=lambda entry: headline(entry["reports"])[name])  # noqa: B023 - used at once
@@ -54,7 +56,14 @@ def summarise(
         },
         "separate_best": separate,
         "random_codes": {
-            bits: {"mAP@all": random_map(query_labels, database_labels, int(bits), config.run.seed)}
+            bits: {
+                **(
+                    {"mAP@all": random_map(query_labels, database_labels, int(bits), config.run.seed)}
+                    if labelled
+                    else {}
+                ),
+                **(random_pairs(len(splits.query)) if config.evaluate.pairs else {}),
+            }
             for bits in best["reports"]
         },
         "marks": [*model.marks, *dataset.marks(model.image_fields | model.text_fields)],
@@ -66,18 +75,11 @@ def _selection(config: Config, dataset: PairedDataset) -> str:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """The best epoch's mAPs of four directions and every code length, with random codes beside them."""
+    """The reported epoch's numbers of every direction and code length, with random codes beside them."""
     best = results["best"]
-    rows: list[list[str]] = []
-    for bits, numbers in best["reports"].items():
-        metrics = list(dict.fromkeys(name.partition("/")[2] for name in numbers if "mAP" in name))
-        if not rows:
-            rows.append(["bits", "direction", *metrics, "random codes' mAP@all"])
-        for direction in dict.fromkeys(name.partition("/")[0] for name in numbers):
-            values = [f"{numbers[f'{direction}/{metric}']:.4f}" for metric in metrics]
-            rows.append([bits, direction, *values, f"{results['random_codes'][bits]['mAP@all']:.4f}"])
+    tables = [table(rows) for rows in (_map_rows(results), _pair_rows(results)) if len(rows) > 1]
     epoch = f", epoch {best['epoch']} of {results['epochs']}" if best["epoch"] else ""
-    lines = [f"{results['model']} on {results['dataset']}{epoch}", table(rows)]
+    lines = [f"{results['model']} on {results['dataset']}{epoch}", *tables]
     lines.append(f"reported epoch: {results['selection']}")
     if len(results["choices"]) > 1:
         heading = [
@@ -92,3 +94,28 @@ def results_table(results: dict[str, Any]) -> str:
         lines.append(table([heading, *chosen]))
     lines += [f"note: {mark}" for mark in results["marks"]]
     return "\n".join(lines)
+
+
+def _map_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Every mAP of four directions; only the heading where there are none."""
+    rows: list[list[str]] = [["bits", "direction"]]
+    for bits, numbers in results["best"]["reports"].items():
+        metrics = list(dict.fromkeys(name.partition("/")[2] for name in numbers if "mAP" in name))
+        rows[0] = ["bits", "direction", *metrics, "random codes' mAP@all"]
+        for direction in dict.fromkeys(name.partition("/")[0] for name in numbers if "mAP" in name):
+            values = [f"{numbers[f'{direction}/{metric}']:.4f}" for metric in metrics]
+            rows.append([bits, direction, *values, f"{results['random_codes'][bits]['mAP@all']:.4f}"])
+    return rows
+
+
+def _pair_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Recalls and median rank of the own partner among all queries; only the heading where they were not asked for."""
+    metrics = list(random_pairs(1))
+    rows = [["bits", "own partner", *metrics]]
+    for bits, numbers in results["best"]["reports"].items():
+        for direction in ("i2t", "t2i"):
+            if f"{direction}/{metrics[0]}" in numbers:
+                rows.append([bits, direction, *(f"{numbers[f'{direction}/{metric}']:.4f}" for metric in metrics)])
+        if len(rows) > 1:
+            rows.append([bits, "random codes", *(f"{results['random_codes'][bits][metric]:.4f}" for metric in metrics)])
+    return rows

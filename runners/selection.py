@@ -27,6 +27,7 @@ def watched_splits(config: Config, dataset: PairedDataset) -> tuple[Split, ...]:
     Raises:
         UserError: If the epoch is to be chosen on a validation split that is empty.
     """
+    require_measurable(config, dataset)
     select, validation = config.evaluate.select, len(dataset.splits.validation)
     if select == "validation" and not validation:
         raise UserError(
@@ -36,6 +37,19 @@ def watched_splits(config: Config, dataset: PairedDataset) -> tuple[Split, ...]:
     if not validation:
         return ("query",)
     return ("query", "validation") if select == "query" else ("validation",)
+
+
+def require_measurable(config: Config, dataset: PairedDataset) -> None:
+    """Refuses to evaluate where nothing is asked for that the data set can answer.
+
+    Raises:
+        UserError: As said.
+    """
+    if not dataset.labels.shape[1] and not config.evaluate.pairs:
+        raise UserError(
+            f"data set {config.dataset.name} has no labels, so there is no mAP to measure; set evaluate.pairs=true to "
+            "measure how well pictures and their texts find each other, or give it labels"
+        )
 
 
 def scores(reports: Mapping[Split, Reports]) -> dict[str, float]:
@@ -48,11 +62,15 @@ def scores(reports: Mapping[Split, Reports]) -> dict[str, float]:
 
 
 def headline(reports: Reports) -> dict[str, float]:
-    """The first metric of both cross-modal directions, for the first code length: `{"i2t/mAP@all": ..., ...}`."""
+    """The first mAP of both cross-modal directions, for the first code length: `{"i2t/mAP@all": ..., ...}`.
+
+    Without labels there is none, and recall@1 of pairs is what there is.
+    """
     numbers = next(iter(reports.values()))
     found = {}
     for direction in ("i2t", "t2i"):
-        name = next(name for name in numbers if name.startswith(f"{direction}/"))
+        own = [name for name in numbers if name.startswith(f"{direction}/")]
+        name = next((name for name in own if "/mAP" in name), own[0])
         found[name] = numbers[name]
     return found
 

@@ -20,6 +20,7 @@ CONFIG = EvaluateConfig(
     cutoffs=["all", 5],
     definitions=["relevant", "top", "expected"],
     caption="first",
+    pairs=False,
     select="query",
 )
 
