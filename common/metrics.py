@@ -13,6 +13,9 @@ The definitions of average precision, with r_1 < r_2 < ... the ranks (from 1) of
 
 For k = all, `relevant` and `top` are the same number. A query without a relevant item has no average precision: it is
 left out of means, and counted.
+
+Codes are [N, K] everywhere, or [N, n, K] for a method that gives every item n codes; the distance of two items is then
+that of their nearest pair of codes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,18 +89,18 @@ def map_at_k(
     return float(valid.mean())
 
 
-def random_map(query_labels: Tensor, database_labels: Tensor, bits: int, seed: int) -> float:
+def random_map(query_labels: Tensor, database_labels: Tensor, shape: tuple[int, ...], seed: int) -> float:
     """mAP@all of random codes on the same labels: what a method that learned nothing would reach.
 
     Args:
         query_labels: Multi-hot labels, [Q, C].
         database_labels: Multi-hot labels, [D, C].
-        bits: K, length of the codes.
+        shape: Of an item's code: (K,), or (n, K) for n codes.
         seed: Of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
     query_codes, database_codes = (
-        (torch.randint(0, 2, (len(labels), bits), generator=generator, dtype=torch.int8) * 2 - 1).to(labels.device)
+        (torch.randint(0, 2, (len(labels), *shape), generator=generator, dtype=torch.int8) * 2 - 1).to(labels.device)
         for labels in (query_labels, database_labels)
     )
     return map_at_k(query_codes, database_codes, query_labels, database_labels)
@@ -246,7 +249,8 @@ def retrieval_curves(
     )
     valid = values[values[:, 0] > 0, 1:]
     _require_valid(len(valid))
-    widths = [len(ranks), recall_levels, query_codes.shape[1] + 1, query_codes.shape[1] + 1]
+    distances = query_codes.shape[-1] + 1
+    widths = [len(ranks), recall_levels, distances, distances]
     curves = [curve.tolist() for curve in torch.split(valid.nanmean(dim=0), widths)]
     return RetrievalCurves(ranks, curves[0], levels.tolist(), *curves[1:])
 
@@ -400,16 +404,17 @@ def _check(query_codes: Tensor, database_codes: Tensor, query_labels: Tensor, da
     """Refuses what is no code or no label, naming the place."""
     sides = (("query", query_codes, query_labels), ("database", database_codes, database_labels))
     for side, codes, labels in sides:
-        for what, table in (("codes", codes), ("labels", labels)):
-            if table.ndim != 2 or 0 in table.shape:
+        for what, table, dimensions in (("codes", codes, (2, 3)), ("labels", labels, (2,))):
+            if table.ndim not in dimensions or 0 in table.shape:
                 raise ValueError(
-                    f"{side} {what} must be a matrix with at least one row and column, not {list(table.shape)}"
+                    f"{side} {what} must have {' or '.join(map(str, dimensions))} dimensions, none of them empty, "
+                    f"not the shape {list(table.shape)}"
                 )
         if len(codes) != len(labels):
             raise ValueError(f"{side}: {len(codes)} codes but {len(labels)} rows of labels")
     for what, a, b in (("codes", query_codes, database_codes), ("labels", query_labels, database_labels)):
-        if a.shape[1] != b.shape[1]:
-            raise ValueError(f"query {what} and database {what} differ in width: {a.shape[1]} and {b.shape[1]}")
+        if a.shape[-1] != b.shape[-1]:
+            raise ValueError(f"query {what} and database {what} differ in width: {a.shape[-1]} and {b.shape[-1]}")
     for side, codes, labels in sides:
         _require(codes.abs() == 1, codes, f"{side} codes must be -1 or +1")
         _require((labels == 0) | (labels == 1), labels, f"{side} labels must be 0 or 1")
@@ -417,8 +422,9 @@ def _check(query_codes: Tensor, database_codes: Tensor, query_labels: Tensor, da
 
 def _require(right: Tensor, table: Tensor, demand: str) -> None:
     if not right.all():
-        row, column = (int(place) for place in (~right).nonzero()[0])
-        raise ValueError(f"{demand}, but row {row}, column {column} is {table[row, column].item()}")
+        row, *column = (~right).nonzero()[0].tolist()
+        place = ", ".join(map(str, column))
+        raise ValueError(f"{demand}, but row {row}, column {place} is {table[row, *column].item()}")
 
 
 def _require_valid(count: int) -> None:

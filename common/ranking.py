@@ -4,12 +4,15 @@ Distances of K bits take K + 1 values, so a stable ranking needs no sort: the ra
 smaller distances, plus the number at its own distance that stand before it. One pass in database order counts both;
 only relevant items are then put in place. On the CPU that is compiled code with bit operations, one block of queries a
 thread; elsewhere torch's own operations do it.
+
+An item may have n codes; the distance of two items is then that of their nearest pair of codes.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from queue import SimpleQueue
 from typing import Any
 
@@ -98,7 +101,8 @@ def rank_and_measure(
     """Ranks the database for all queries and reduces every block of queries to numbers.
 
     Args:
-        codes: Codes in {-1, +1} of queries [Q, K] and database [D, K], on the device that does the work.
+        codes: Codes in {-1, +1} of queries [Q, K] or [Q, n, K] and database [D, K] or [D, m, K], on the device that
+            does the work.
         labels: Multi-hot labels of queries [Q, C] and database [D, C], on the same device.
         measure: Ranking of q queries -> [q, M]. Called from several threads on the CPU; the ranking is valid only
             during the call.
@@ -122,23 +126,27 @@ def rank_with_torch(codes: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor])
         codes: As `rank_and_measure`.
         labels: As `rank_and_measure`.
     """
-    bits, size, device = codes[0].shape[1], len(codes[1]), codes[0].device
+    bits, size, device = codes[0].shape[-1], len(codes[1]), codes[0].device
     length = min(_ITEMS_OF_A_LANE, size)
     lanes = -(-size // length)
     missing = lanes * length - size
     # The i-th items of all lanes stand together, [length, lanes, ...]; what fills up the last lane is farther than all.
-    database_codes, database_labels = (
+    *database_codes, database_labels = (
         F.pad(table.float(), (0, 0, 0, missing)).view(lanes, length, -1).transpose(0, 1).flatten(0, 1).T
-        for table in (codes[1], labels[1])
+        for table in (*_by_place(codes[1]), labels[1])
     )
     filled = torch.arange(length, device=device)[:, None] + torch.arange(lanes, device=device) * length >= size
     rows = max(1, _pairs_at_once(device, bits, length) // (lanes * length))
     for start in range(0, len(codes[0]), rows):
         query_codes, query_labels = (table[start : start + rows].float() for table in (codes[0], labels[0]))
         queries = len(query_codes)
-        distances = (query_codes @ database_codes).sub_(bits).mul_(-0.5)  # [q, length lanes]; sums < 2^24 are exact
+        pairs = product(_by_place(query_codes), database_codes)
+        products = torch.matmul(*next(pairs))  # of the nearest codes, [q, length lanes]; sums < 2^24 are exact
+        for pair in pairs:
+            torch.maximum(products, torch.matmul(*pair), out=products)
+        distances = products.sub_(bits).mul_(-0.5)
         distance = distances.view(queries, length, lanes).masked_fill_(filled, bits + 1).transpose(0, 1).long()
-        del distances
+        del products, distances
         seen = torch.zeros(queries, lanes, bits + 2, dtype=torch.int32, device=device)
         before = torch.empty(length, queries, lanes, dtype=torch.int32, device=device)
         for i in range(length):
@@ -172,6 +180,11 @@ def rank_with_torch(codes: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor])
         )
 
 
+def _by_place(codes: Tensor) -> tuple[Tensor, ...]:
+    """The first codes of all items, their second ones and so on: [N, K] or [N, n, K] -> n of [N, K]."""
+    return codes.unbind(dim=1) if codes.ndim == 3 else (codes,)
+
+
 def _pairs_at_once(device: torch.device, bits: int, length: int) -> int:
     """Pairs of query and item that one block may have, by the memory that is free."""
     if device.type != "cuda":
@@ -187,10 +200,11 @@ def _pairs_at_once(device: torch.device, bits: int, length: int) -> int:
 def _on_cpu(
     codes: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], measure: Callable[[Ranking], Tensor]
 ) -> Tensor:
-    bits, size, queries = codes[0].shape[1], len(codes[1]), len(codes[0])
-    query_codes, query_labels = pack(codes[0] > 0), pack(labels[0] != 0)
+    bits, size, queries = codes[0].shape[-1], len(codes[1]), len(codes[0])
+    query_codes = np.stack([pack(table > 0) for table in _by_place(codes[0])], axis=1)  # [Q, n, words]
     # Words of all items side by side, so that compiled loops run over neighbours.
-    database_codes, database_labels = (np.ascontiguousarray(pack(table).T) for table in (codes[1] > 0, labels[1] != 0))
+    database_codes = np.stack([pack(table > 0).T for table in _by_place(codes[1])])  # [m, words, D]
+    query_labels, database_labels = pack(labels[0] != 0), np.ascontiguousarray(pack(labels[1] != 0).T)
     threads = torch.get_num_threads()
     rows = max(1, min(_PAIRS_ON_CPU // size, -(-queries // threads)))
     # Every thread writes its blocks into the same memory again: fresh pages would cost as much as the ranking.
@@ -252,11 +266,12 @@ def _rank(
     shared: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fills the start of `ranks` and `shared`; returns `relevant`, `items` and `hits` of a Ranking."""
-    queries, size = len(query_codes), database_codes.shape[1]
+    queries, size = len(query_codes), database_codes.shape[2]
     relevant = np.zeros(queries, np.int64)
     items = np.zeros((queries, bits + 1), np.int64)
     hits = np.zeros((queries, bits + 1), np.int64)
     both = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distance in the lower half, shared labels in the upper one
+    of_a_pair = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distances of one of the query's codes to one of each item's
     counts = np.empty(bits + 1, np.uint32)
     found_at = np.empty(bits + 1, np.uint32)
     # Relevant items as they come: items of their distance before them, and `both` above that. An irrelevant one is
@@ -273,10 +288,20 @@ def _rank(
             part = both[: min(_ITEMS_AT_ONCE, size - first)]
             part[:] = 0
             # Slices, not sums of indices: only then are the loops compiled to vector instructions.
-            for word in range(len(database_codes)):
-                code, codes = query_codes[row, word], database_codes[word, first : first + len(part)]
+            for word in range(database_codes.shape[1]):
+                code, codes = query_codes[row, 0, word], database_codes[0, word, first : first + len(part)]
                 for item in range(len(part)):
                     part[item] += np.uint32(count_ones(code ^ codes[item]))
+            for codes_of_a_pair in range(1, query_codes.shape[1] * len(database_codes)):
+                own, other = divmod(codes_of_a_pair, len(database_codes))
+                distances = of_a_pair[: len(part)]
+                distances[:] = 0
+                for word in range(database_codes.shape[1]):
+                    code, codes = query_codes[row, own, word], database_codes[other, word, first : first + len(part)]
+                    for item in range(len(part)):
+                        distances[item] += np.uint32(count_ones(code ^ codes[item]))
+                for item in range(len(part)):
+                    part[item] = min(part[item], distances[item])
             for word in range(len(database_labels)):
                 label, labels = query_labels[row, word], database_labels[word, first : first + len(part)]
                 for item in range(len(part)):

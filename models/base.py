@@ -1,7 +1,7 @@
 """The contract every method keeps.
 
 Letters for shapes, the same everywhere: B rows of the global batch, N rows of a split, Q queries, D database items,
-C classes, K bits, L tokens, E embedding width.
+C classes, K bits, n codes an item, L tokens, E embedding width.
 """
 
 import re
@@ -99,11 +99,11 @@ class HashingModel(nn.Module, ABC):
 
     @abstractmethod
     def encode_image(self, batch: Batch) -> Tensor:
-        """Codes in {-1, +1} of the batch's `image_fields`, [B, sum(code_lengths)] float32. Changes no state."""
+        """Codes in {-1, +1} of the batch's `image_fields`, [B, *code_shape] float32. Changes no state."""
 
     @abstractmethod
     def encode_text(self, batch: Batch) -> Tensor:
-        """Codes in {-1, +1} of the batch's `text_fields`, [B, sum(code_lengths)] float32. Changes no state."""
+        """Codes in {-1, +1} of the batch's `text_fields`, [B, *code_shape] float32. Changes no state."""
 
     @abstractmethod
     def param_groups(self) -> ParamGroups:
@@ -113,6 +113,17 @@ class HashingModel(nn.Module, ABC):
     def code_lengths(self) -> tuple[int, ...]:
         """Lengths of the codes that stand side by side in what the encoders return; the first is the headline."""
         return (self.bits,)
+
+    @property
+    def codes_per_item(self) -> int:
+        """Number n of codes of an item; the distance of two items is that of their nearest pair of codes."""
+        return 1
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of what the encoders return of an item: (sum(code_lengths),), or (n, sum(code_lengths)) for n > 1."""
+        width = sum(self.code_lengths)
+        return (width,) if self.codes_per_item == 1 else (self.codes_per_item, width)
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ class RunFolder:
         with np.load(self.folder / "codes-best.npz", allow_pickle=False) as arrays:
             codes = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         asks, answers = ({"image": "img", "text": "txt"}[side] for side in DIRECTIONS[direction])
-        query, database = codes[f"q_{asks}"][:, : self.bits], codes[f"r_{answers}"][:, : self.bits]
+        query, database = codes[f"q_{asks}"][..., : self.bits], codes[f"r_{answers}"][..., : self.bits]
         return retrieval_curves(query, database, codes["q_l"], codes["r_l"], RANKS, RECALL_LEVELS)
 
 

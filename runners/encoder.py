@@ -270,7 +270,7 @@ class Encoder:
     @property
     def code_shape(self) -> tuple[int, ...]:
         """Shape of an item's code: (K,), or (n, K) for a method with n codes an item."""
-        return (self.bits,)
+        return (*self.model.code_shape[:-1], self.bits)
 
 
 def read_picture(picture: Picture, pixels: int | None = None) -> Image.Image:

@@ -35,8 +35,8 @@ class SplitCodes:
     """Codes of every row of a split, in the split's order.
 
     Attributes:
-        image: Codes of the pictures, [N, K] int8 in {-1, +1}.
-        text: Codes of the texts, [N, K] int8.
+        image: Codes of the pictures, [N, K] or, n an item, [N, n, K]; int8 in {-1, +1}.
+        text: Codes of the texts, of the same shape.
         labels: Multi-hot labels, [N, C] bool.
     """
 
@@ -46,7 +46,7 @@ class SplitCodes:
 
     def columns(self, start: int, stop: int) -> "SplitCodes":
         """The same rows with the bits `start` to `stop` of every code."""
-        return SplitCodes(self.image[:, start:stop], self.text[:, start:stop], self.labels)
+        return SplitCodes(self.image[..., start:stop], self.text[..., start:stop], self.labels)
 
     def rows(self, places: Tensor) -> "SplitCodes":
         """Some of the rows, by their places in the split, [n] int64."""
@@ -193,7 +193,7 @@ class Evaluator:
             if constant:
                 logger.warning(
                     "%d of %d bits of the %s codes have one sign for all %d items, so they tell nothing apart",
-                    *(constant, side.shape[1], name, len(side)),
+                    *(constant, side[0].numel(), name, len(side)),
                 )
         reports: dict[Split, Reports] = {}
         for split in asking:

@@ -37,6 +37,7 @@ def summarise(
         "model": config.model.name,
         "dataset": config.dataset.name,
         "bits": config.model.bits,
+        "codes_per_item": model.codes_per_item,
         "seed": config.run.seed,
         "epochs": config.run.epochs,
         "split": {
@@ -58,7 +59,7 @@ def summarise(
         "random_codes": {
             bits: {
                 **(
-                    {"mAP@all": random_map(query_labels, database_labels, int(bits), config.run.seed)}
+                    {"mAP@all": random_map(query_labels, database_labels, _shape(model, bits), config.run.seed)}
                     if labelled
                     else {}
                 ),
@@ -66,8 +67,24 @@ def summarise(
             }
             for bits in best["reports"]
         },
-        "marks": [*model.marks, *dataset.marks(model.image_fields | model.text_fields)],
+        "marks": [*_several_codes(model), *model.marks, *dataset.marks(model.image_fields | model.text_fields)],
     }
+
+
+def _shape(model: HashingModel, bits: str) -> tuple[int, ...]:
+    """Shape of an item's code of one of the model's code lengths."""
+    return (*model.code_shape[:-1], int(bits))
+
+
+def _several_codes(model: HashingModel) -> list[str]:
+    """What a reader of a table needs to know where an item takes more than the K bits in its heading."""
+    if model.codes_per_item == 1:
+        return []
+    bits = ", ".join(str(length * model.codes_per_item) for length in model.code_lengths)
+    return [
+        f"an item has {model.codes_per_item} codes, {bits} bits in all; "
+        "the distance of two items is that of their nearest pair of codes"
+    ]
 
 
 def _selection(config: Config, dataset: PairedDataset) -> str:

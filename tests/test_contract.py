@@ -83,7 +83,7 @@ def test_codes_are_signs_of_the_right_width_and_repeatable(model: HashingModel) 
         with torch.no_grad():
             codes, again = encode(batch), encode(batch)
             alone = torch.cat([encode(tiny.pick(batch, [row])) for row in range(batch.rows)])
-        assert codes.shape == (batch.rows, sum(model.code_lengths)) and codes.dtype == torch.float32
+        assert codes.shape == (batch.rows, *model.code_shape) and codes.dtype == torch.float32
         assert bool((codes.abs() == 1).all())
         assert torch.equal(codes, again)
         assert (codes != alone).float().mean() < 0.01  # a code is its row's own: only rounding may differ

@@ -27,22 +27,32 @@ DEFINITIONS: list[Any] = ["relevant", "top", "expected"]
 
 
 def problem(
-    queries: int = 9, database: int = 60, bits: int = 8, classes: int = 5, density: float = 0.3, seed: int = 0
+    queries: int = 9,
+    database: int = 60,
+    bits: int = 8,
+    classes: int = 5,
+    density: float = 0.3,
+    seed: int = 0,
+    several: tuple[int, int] | None = None,
 ) -> Problem:
-    """Codes that carry the labels a little, with many ties."""
+    """Codes that carry the labels a little, with many ties; `several` codes a query and a database item."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(classes, bits, generator=generator)
     labels = [(torch.rand(n, classes, generator=generator) < density) for n in (queries, database)]
-    codes = [
-        torch.where(y.float() @ directions + torch.randn(len(y), bits, generator=generator) > 0, 1.0, -1.0)
-        for y in labels
-    ]
+    codes = []
+    for y, n in zip(labels, several or (1, 1), strict=True):
+        noisy = (y.float() @ directions).unsqueeze(1) + torch.randn(len(y), n, bits, generator=generator)
+        codes.append(torch.where(noisy > 0, 1.0, -1.0) if several else torch.where(noisy.squeeze(1) > 0, 1.0, -1.0))
     return codes[0], codes[1], labels[0], labels[1]
 
 
 def ranked(query: Tensor, database: Tensor, query_label: Tensor, database_label: Tensor) -> tuple[list[int], list[int]]:
     """Distance and number of shared labels of every item in rank order, ties by place, in plain Python."""
-    distances = [int((query != code).sum()) for code in database]
+    bits = query.shape[-1]
+    distances = [
+        min(int((own != other).sum()) for own in query.view(-1, bits) for other in codes.view(-1, bits))
+        for codes in database
+    ]
     shared = [int((query_label.bool() & label.bool()).sum()) for label in database_label]
     order = sorted(range(len(distances)), key=lambda item: (distances[item], item))
     return [distances[item] for item in order], [shared[item] for item in order]
@@ -137,6 +147,20 @@ def test_published_values() -> None:
 def test_average_precision_equals_brute_force(k: int | None, definition: Any) -> None:
     p = problem()
     np.testing.assert_allclose(average_precision(*p, k, definition), brute(p, k, definition), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize(("several", "bits"), [((4, 4), 8), ((2, 3), 65), ((1, 1), 8)])
+def test_of_several_codes_the_nearest_pair_decides(several: tuple[int, int], bits: int) -> None:
+    p = problem(bits=bits, several=several)
+    for definition, k in (("relevant", None), ("top", 7)):
+        values = average_precision(*p, k, cast(Any, definition))
+        np.testing.assert_allclose(values, brute(p, k, definition), rtol=1e-12)
+    curves = retrieval_curves(*p, [1, 5], 3)
+    assert len(curves.radius_recall) == bits + 1 and curves.radius_recall[-1] == 1
+    if several == (1, 1):
+        single = (p[0].squeeze(1), p[1].squeeze(1), p[2], p[3])
+        np.testing.assert_array_equal(average_precision(*p, 7), average_precision(*single, 7))
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -345,9 +369,10 @@ def test_top_is_zero_where_the_relevant_items_lie_beyond_the_cut() -> None:
 
 def test_random_map_is_repeatable_and_near_chance() -> None:
     labels = torch.rand(400, 4, generator=torch.Generator().manual_seed(0)) < 0.25
-    value = random_map(labels[:100], labels[100:], bits=64, seed=3)
-    assert value == random_map(labels[:100], labels[100:], bits=64, seed=3)
-    assert value != random_map(labels[:100], labels[100:], bits=64, seed=4)
+    value = random_map(labels[:100], labels[100:], (64,), seed=3)
+    assert value == random_map(labels[:100], labels[100:], (64,), seed=3)
+    assert value != random_map(labels[:100], labels[100:], (64,), seed=4)
+    assert random_map(labels[:100], labels[100:], (4, 64), seed=3) == pytest.approx(value, abs=0.05)
     has_label = labels[:100].any(1)
     chance = (labels[:100][has_label].float() @ labels[100:].float().T > 0).float().mean().item()
     assert value == pytest.approx(chance, abs=0.03)
@@ -380,8 +405,11 @@ def test_what_is_no_label_is_refused() -> None:
         (lambda p: (p[0][:, :4], p[1], p[2], p[3]), "query codes and database codes differ in width: 4 and 8"),
         (lambda p: (p[0], p[1], p[2][:, :2], p[3]), "query labels and database labels differ in width: 2 and 5"),
         (lambda p: (p[0][:3], p[1], p[2], p[3]), "query: 3 codes but 9 rows of labels"),
-        (lambda p: (p[0], p[1][:0], p[2], p[3][:0]), "database codes must be a matrix with at least one row"),
-        (lambda p: (p[0][0], p[1], p[2], p[3]), "query codes must be a matrix"),
+        (
+            lambda p: (p[0], p[1][:0], p[2], p[3][:0]),
+            r"database codes must have 2 or 3 dimensions, none of them empty, not the shape \[0, ",
+        ),
+        (lambda p: (p[0][0], p[1], p[2], p[3]), "query codes must have 2 or 3 dimensions"),
     ],
 )
 def test_shapes_that_disagree_are_refused(change: Any, message: str) -> None:

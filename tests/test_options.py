@@ -120,7 +120,7 @@ def test_options_train_and_encode(method: str, options: dict[str, Any], tmp_path
     for encode, fields in ((model.encode_image, model.image_fields), (model.encode_text, model.text_fields)):
         with torch.no_grad():
             codes, alone = encode(rows_of().only(fields)), encode(pick(rows_of().only(fields), [4]))
-        assert codes.shape == (ROWS, sum(model.code_lengths)) and torch.equal(codes.abs(), torch.ones_like(codes))
+        assert codes.shape == (ROWS, *model.code_shape) and torch.equal(codes.abs(), torch.ones_like(codes))
         assert torch.equal(alone[:, -model.bits :], codes[4:5, -model.bits :])
 
 

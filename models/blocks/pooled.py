@@ -26,7 +26,7 @@ class PooledHashingModel(ClipHashingModel):
 
     @abstractmethod
     def binarise(self, relaxed: Tensor) -> Tensor:
-        """Outputs of a head, rows first -> codes in {-1, +1}, [B, sum(code_lengths)]."""
+        """Outputs of a head, rows first -> codes in {-1, +1}, [B, *code_shape]."""
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
         """The loss of one batch; a method whose loss sees more than this has a `training_step` of its own.
@@ -57,11 +57,11 @@ class PooledHashingModel(ClipHashingModel):
             return self.objective(image, text, gather_rows(batch["labels"]))
 
     def encode_image(self, batch: Batch) -> Tensor:
-        """Codes of pictures, [B, sum(code_lengths)]."""
+        """Codes of pictures, [B, *code_shape]."""
         return self.binarise(self.image_head(self.backbone.image_features(batch["image"])))
 
     def encode_text(self, batch: Batch) -> Tensor:
-        """Codes of texts, [B, sum(code_lengths)]."""
+        """Codes of texts, [B, *code_shape]."""
         return self.binarise(self.text_head(self.backbone.text_features(batch["text"])))
 
 
