@@ -40,6 +40,7 @@ from dataset.mat import MatDataset
 from models.base import HashingModel
 from models.clip.towers import CLIP, Attention, ResidualBlock
 from runners.setup import autocast, make_loader
+from runners.steps import updates
 from utils.output import say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -183,11 +184,8 @@ def our_way(
         context: AbstractContextManager[Any] = autocast(precision, device)
         with context:
             output = module(batch, Progress(0, 1, number, 10**6))
-        for optimizer in optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        for optimizer in optimizers.values():
-            optimizer.step()
+        for _ in updates(output, optimizers, lambda: autocast(precision, device)):
+            pass
 
     return Way(batches, step)
 

@@ -26,7 +26,16 @@ SECTIONS = ("model", "dataset", "optim", "run", "evaluate")
 # Keys that change where or how fast a run computes, but not what: they may differ when a run goes on.
 FREE_KEYS = frozenset(
     f"run.{key}"
-    for key in ("save_dir", "cache_dir", "device", "distribute", "workers", "checkpoint_every", "keep_checkpoints")
+    for key in (
+        "save_dir",
+        "cache_dir",
+        "device",
+        "distribute",
+        "workers",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    )
 )
 
 
@@ -104,6 +113,7 @@ class RunConfig(Section):
     accumulate: int = Field(gt=0)  # parts in which CLIP computes a batch, to save memory
     precision: Literal["float32", "bf16"]  # bf16: autocast; codes and losses stay float32
     compile: bool  # torch.compile
+    log_every: int = Field(gt=0)  # steps after which their losses are read back, checked and logged together
     loader: Literal["memory", "workers"]  # pictures held as uint8 on the device, or read by worker processes
     workers: Annotated[int, Field(ge=0, le=1024), Mark.OF_MACHINE]  # worker processes of the loader `workers`
     # steps, or minutes as in "10m"

@@ -1,6 +1,6 @@
 """What crosses the borders between loaders, models and runners."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,16 +81,34 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A further backward pass of a training step, with updates of its own, for modules that train against others.
+
+    Attributes:
+        name: Of its loss in the log.
+        optimizers: Names of the optimizers whose parameters it updates; gradients of others are ignored.
+        loss: Computes its scalar loss when all before it have updated. It works on rows that the step has gathered and
+            detached, so every process computes the same one; it may write buffers.
+    """
+
+    name: str
+    optimizers: tuple[str, ...]
+    loss: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """What a training step returns.
 
     Attributes:
         loss: Scalar to minimise, over the global batch.
         terms: Scalars for the log, by name: `likelihood`, `contrast`, `quantization`, ...
+        stages: What is to be done in turn once all optimizers have updated by `loss`.
     """
 
     loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,14 @@ class HashingModel(nn.Module, ABC):
         """`{optimizer: {group: parameters}}`; the names equal those of the YAML's `optim:` section."""
 
     @property
+    def loss_reaches_all(self) -> bool:
+        """Whether the loss of every step has a gradient for every trainable parameter.
+
+        Several processes then share gradients as they come, without looking for those that will not.
+        """
+        return True
+
+    @property
     def code_lengths(self) -> tuple[int, ...]:
         """Lengths of the codes that stand side by side in what the encoders return; the first is the headline."""
         return (self.bits,)

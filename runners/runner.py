@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -32,7 +33,8 @@ from runners.setup import (
     split_backbone,
     training_loader,
 )
-from utils.distributed import any_process, barrier, data_parallel, is_main
+from runners.steps import StepLog, updates
+from utils.distributed import Votes, barrier, data_parallel, is_main
 from utils.files import write_json, write_text
 from utils.launch import pick_device
 from utils.logging import Record
@@ -105,6 +107,7 @@ class Runner:
                 optimizer.load_state_dict(loaded.optimizers[name])
             logger.info("going on after step %d of %d from %s", self.state.step, self.steps, loaded.path)
         self.module = self._wrap(self.model)
+        self.votes = Votes()
 
     def run(self) -> None:
         """Trains to the last epoch, evaluating on the way; prints and writes the results.
@@ -118,16 +121,21 @@ class Runner:
             if is_main():
                 self.record = Record(self.folder, upto=self.state.step)
                 write_text(self.folder / "config.yaml", self.config.to_yaml())
+            self.step_log = StepLog(self.config.run.log_every)
             self.saved_at = time.monotonic()
             with progress(
                 total=self.steps, initial=self.state.step, desc=self.config.model.name, unit="step"
             ) as self.bar:
-                while True:
-                    if self._evaluation_is_due():
-                        self.evaluate_epoch()
-                    if self.state.step == self.steps or out_of_patience(self.state.history, self.config):
-                        break
-                    self.train_epoch()
+                try:
+                    while True:
+                        if self._evaluation_is_due():
+                            self.evaluate_epoch()
+                        if self.state.step == self.steps or out_of_patience(self.state.history, self.config):
+                            break
+                        self.train_epoch()
+                except Exception:
+                    self._log_steps()  # a loss that was not finite explains what failed after it
+                    raise
             self._finish()
 
     def train_epoch(self) -> None:
@@ -137,14 +145,12 @@ class Runner:
         for batch in self.train_loader.epoch(epoch, start=done):
             position = Progress(epoch, self.config.run.epochs, self.state.step, len(self.train_loader))
             seed_torch(self.config.run.seed, self.state.step)
-            with autocast(self.config.run.precision, self.device):
+            with self._computing():
                 output: StepOutput = self.module(batch, position)
-            self._log_step(output)  # refuses a loss that is not finite before it reaches the weights
-            for optimizer in self.optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
-            for optimizer in self.optimizers.values():
-                optimizer.step()
+            losses = dict(updates(output, self.optimizers, self._computing))
+            self.step_log.add(self.state.step, {**losses, **output.terms})
+            if self.step_log.is_due:
+                self._log_steps()
             self.state.step += 1
             self.bar.update()
             self._save_if_due()
@@ -168,33 +174,39 @@ class Runner:
 
     def _wrap(self, model: HashingModel) -> torch.nn.Module:
         """The model as a step calls it: over all processes, and compiled, where the config says so."""
-        module = data_parallel(model)
+        module = data_parallel(model, model.loss_reaches_all)
         return cast(torch.nn.Module, torch.compile(module)) if self.config.run.compile else module
 
-    def _log_step(self, output: StepOutput) -> None:
-        """Records loss and terms; stops the run if the loss is not finite."""
-        values = torch.stack([output.loss, *output.terms.values()]).detach().float().tolist()
-        named = dict(zip(("loss", *output.terms), values, strict=True))
-        if not all(math.isfinite(value) for value in values):
-            kept = self.checkpoints.paths()
-            raise UserError(
-                f"the loss is not finite at step {self.state.step} "
-                f"({', '.join(f'{name} {value:.4g}' for name, value in named.items())}); last good checkpoint: "
-                f"{kept[-1] if kept else 'none yet'}; lower optim.*.lr, or set run.precision=float32, and start anew"
-            )
-        if self.record is not None:
-            self.record.write("step", self.state.step + 1, named)  # counted when it is taken
-        self.bar.set_postfix_str(f"loss {named['loss']:.4f}", refresh=False)
+    def _computing(self) -> AbstractContextManager[Any]:
+        return autocast(self.config.run.precision, self.device)
+
+    def _log_steps(self) -> None:
+        """Records losses and terms of the steps that wait; stops the run if one is not finite.
+
+        Nothing that a step changed may be saved before.
+        """
+        for step, values in self.step_log.read():
+            if not all(math.isfinite(value) for value in values.values()):
+                kept = self.checkpoints.paths()
+                raise UserError(
+                    f"the loss is not finite at step {step} "
+                    f"({', '.join(f'{name} {value:.4g}' for name, value in values.items())}); last good checkpoint: "
+                    f"{kept[-1] if kept else 'none yet'}; lower optim.*.lr, or set run.precision=float32, and start "
+                    "anew"
+                )
+            if self.record is not None:
+                self.record.write("step", step + 1, values)  # counted when it is taken
+            self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
 
     def _save_if_due(self) -> None:
         """Saves at the end of an epoch, at `run.checkpoint_every`, and before an asked-for stop."""
         every = self.config.run.checkpoint_every
-        if isinstance(every, int):
-            due = self.state.step % every == 0
-        else:
-            due = time.monotonic() - self.saved_at >= 60 * int(every.removesuffix("m"))
-        stopped = any_process(self.stop.requested)
+        minutes = None if isinstance(every, int) else int(every.removesuffix("m"))
+        waited = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        stopped, late = self.votes.ask(self.stop.requested, waited)  # clocks of processes differ
+        due = late or (isinstance(every, int) and self.state.step % every == 0)
         if due or stopped or self.state.step % len(self.train_loader) == 0:
+            self._log_steps()
             self._save()
         if stopped:
             raise Interrupted(self.stop.signal, self.state.step, self.folder)

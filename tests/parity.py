@@ -26,6 +26,7 @@ from common.types import Progress
 from dataset.texts.tokenizer import tokenize
 from models.clip.formats import NOT_WEIGHTS, shape_of
 from models.clip.towers import CLIP
+from runners.steps import updates
 from tests.parity_cases import open_case
 from tests.parity_cases.base import MethodCase
 
@@ -147,14 +148,11 @@ def check_method(name: str, case: MethodCase) -> Iterator[Row]:
     for step in range(int(case.cfg["steps"])):
         case.arrange(model, step)
         out = model(case.batch, Progress(epoch=0, epochs=1, step=step, steps_per_epoch=total_steps))
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        out.loss.backward()
-        losses.append(out.loss.detach())
-        if step == 0:
-            yield from _check_first_step(name, case, model, out.loss, out.terms)
-        for optimizer in optimizers.values():
-            optimizer.step()
+        for of_pass, loss in updates(out, optimizers):
+            if of_pass == "loss":
+                losses.append(loss.detach())
+            if step == 0 and of_pass == "loss":
+                yield from _check_first_step(name, case, model, loss, out.terms)
 
     # What happens after the first step is compared as far as the case records it.
     recorded, state = case.part("traj/"), model.state_dict()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.processes import run_processes
-from utils.distributed import _GatherRows, any_process, from_main, gather_rows, rank, world_size
+from utils.distributed import Votes, _GatherRows, average_gradients, from_main, gather_rows, rank, world_size
 
 ROWS = 5
 
@@ -45,13 +45,20 @@ def test_processes_see_the_loss_and_gradients_of_one(count: int) -> None:
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), rows.grad, rtol=1e-5, atol=1e-7)
 
 
-def votes() -> tuple[bool, bool, bool | int]:
-    return any_process(rank() == 1), any_process(False), from_main(rank() == 0)
+def agree() -> tuple[list[tuple[bool, ...]], int, float]:
+    votes = Votes()
+    answers = [votes.ask(*flags) for flags in ((rank() == 1, False), (False, rank() == 0), (False, False))]
+    weight, without = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.full((2, 3), float(rank()))
+    average_gradients([weight, without])
+    assert without.grad is None
+    return answers, from_main(10 + rank()), float(weight.grad.mean())
 
 
-def test_votes_are_the_same_everywhere() -> None:
-    assert run_processes(votes, 2) == [(True, False, True)] * 2
-    assert votes() == (False, False, True)
+def test_processes_agree() -> None:
+    """Each answer is to the question before, where there are several processes."""
+    assert run_processes(agree, 2) == [([(False, False), (True, False), (False, True)], 10, 0.5)] * 2
+    assert agree() == ([(False, False), (False, True), (False, False)], 10, 0.0)
 
 
 @pytest.mark.gpu

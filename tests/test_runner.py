@@ -17,7 +17,6 @@ import yaml
 from common.checkpoint import Checkpoints, load
 from common.config import load_config
 from common.registry import MODELS
-from common.types import StepOutput
 from runners.runner import Runner
 from tests.commands import ROOT, finish, refused, run, start
 from tests.processes import Forked
@@ -67,14 +66,14 @@ def losses(folder: Path) -> list[float]:
 
 def fails_at(step: int, *arguments: str) -> tuple[int, str, str]:
     """Runs the command line in this process with a defect that shows at a step."""
-    log = Runner._log_step
+    save = Runner._save_if_due
 
-    def log_or_fail(runner: Runner, output: StepOutput) -> None:
+    def save_or_fail(runner: Runner) -> None:
         if runner.state.step == step:
             raise ZeroDivisionError
-        log(runner, output)
+        save(runner)
 
-    with mock.patch.object(Runner, "_log_step", log_or_fail):
+    with mock.patch.object(Runner, "_save_if_due", save_or_fail):
         return run(*arguments)
 
 

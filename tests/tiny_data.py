@@ -74,6 +74,7 @@ def overrides(root: Path, backbone: Path, cache: Path) -> list[str]:
         "run.device=cpu",
         "run.epochs=2",
         "run.batch_size=8",
+        "run.log_every=2",
         "run.loader=memory",
         "evaluate.batch_size=16",
         "evaluate.cutoffs=[all]",

@@ -12,6 +12,7 @@ from common.registry import MODELS
 from common.types import Backbone, Batch, ClipShape, DataInfo, Progress
 from common.yaml_layers import read_yaml
 from models.base import HashingModel
+from runners.steps import updates
 from tests.processes import run_processes
 from utils.distributed import data_parallel, rank, world_size
 
@@ -106,6 +107,12 @@ def build(method: str, cache_dir: str, **overrides: Any) -> HashingModel:
     return model
 
 
+def descents(model: HashingModel, lr: float) -> dict[str, torch.optim.Optimizer]:
+    """Plain gradient descent in place of every optimizer of a model."""
+    members = {name: [p for group in groups.values() for p in group] for name, groups in model.param_groups().items()}
+    return {name: torch.optim.SGD(parameters, lr) for name, parameters in members.items()}
+
+
 def train_steps(method: str, cache_dir: str, batches: list[list[int]], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Trains by plain gradient descent on the named global batches; every process takes its share of the rows.
 
@@ -116,22 +123,18 @@ def train_steps(method: str, cache_dir: str, batches: list[list[int]], overrides
         overrides: Of the `model:` section.
 
     Returns:
-        `losses` of the global batches, and `state` after them.
+        `losses` of the global batches, those of stages included, and `state` after them.
     """
     model = build(method, cache_dir, **overrides)
     model.train()
-    wrapped = data_parallel(model)
-    parameters = [p for groups in model.param_groups().values() for group in groups.values() for p in group]
-    optimizer = torch.optim.SGD(parameters, lr=1e-4)
+    wrapped = data_parallel(model, model.loss_reaches_all)
+    optimizers = descents(model, 1e-4)
     split, losses = rows_of().only(model.fields), []
     for step, batch in enumerate(batches):
         share = [batch[place] for place in torch.arange(len(batch)).tensor_split(world_size())[rank()]]
         torch.manual_seed(100 + step)
         out = wrapped(pick(split, share), Progress(epoch=0, epochs=1, step=step, steps_per_epoch=len(batches)))
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        losses.append(out.loss.item())
+        losses += [loss.item() for _, loss in updates(out, optimizers)]
     return {"losses": losses, "state": {name: value.clone() for name, value in model.state_dict().items()}}
 
 

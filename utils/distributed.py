@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -106,27 +107,68 @@ class _GatherRows(torch.autograd.Function):
         return gradient[ctx.start : ctx.stop]  # type: ignore[attr-defined]
 
 
-def data_parallel(module: nn.Module) -> nn.Module:
+def data_parallel(module: nn.Module, reaches_all: bool) -> nn.Module:
     """The module with gradients averaged over all processes.
 
     Buffers are not sent around in every step: banks are written alike on every process.
+
+    Args:
+        module: The module.
+        reaches_all: Whether every step's loss has a gradient for every trainable parameter.
     """
     if world_size() == 1:
         return module
     option = "forward_sync_buffers"  # its name from PyTorch 2.13 on
     if option not in inspect.signature(DistributedDataParallel).parameters:
         option = "broadcast_buffers"
-    options: dict[str, Any] = {option: False}
+    options: dict[str, Any] = {option: False, "find_unused_parameters": not reaches_all}
     return DistributedDataParallel(module, **options)
 
 
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is true on any process; the same answer on all."""
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Means of gradients over all processes, in place, for a backward pass that `data_parallel` does not see.
+
+    Every process must have gradients for the same parameters. Where all computed the same ones this only keeps rounding
+    from driving them apart.
+    """
     if world_size() == 1:
-        return flag
-    votes = torch.tensor([flag], dtype=torch.int32, device=_device_of_messages())
-    dist.all_reduce(votes)
-    return bool(votes.item())
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    together /= world_size()
+    for gradient, mean in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+class Votes:
+    """Questions to all processes whose answers come one question later, so that nobody waits for them.
+
+    Every process must make one, and ask as often as the others. On one process every answer is there at once.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None  # the CPU's, past all computing
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def ask(self, *flags: bool) -> tuple[bool, ...]:
+        """Asks whether each flag is true on any process.
+
+        Returns:
+            The answers to the previous question, all false before the second one; the same on all processes.
+        """
+        if self._group is None:
+            return flags
+        answers = (False,) * len(flags)
+        if self._asked is not None:
+            counts, work = self._asked
+            work.wait()
+            answers = tuple(bool(count) for count in counts.tolist())
+        counts = torch.tensor(flags, dtype=torch.int32)
+        self._asked = counts, dist.all_reduce(counts, group=self._group, async_op=True)
+        return answers
 
 
 def _device_of_messages() -> torch.device:

@@ -1,0 +1,82 @@
+"""What comes after a training step's loss: backward passes, updates, and the log of it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from common.types import StepOutput
+from utils.distributed import average_gradients
+
+
+def updates(
+    output: StepOutput,
+    optimizers: Mapping[str, Optimizer],
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[tuple[str, Tensor]]:
+    """Takes a step: backward pass and update of its loss by all optimizers, then of each stage by the stage's.
+
+    A parameter without a gradient is not updated. A stage whose loss has no graph, as without a triplet, changes
+    nothing.
+
+    Args:
+        output: What the training step returned.
+        optimizers: Of the run, by name.
+        computing: Context in which the losses of stages are computed.
+
+    Yields:
+        Name and loss [] of every pass, `loss` first, when its gradients are there and not used yet.
+    """
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    output.loss.backward()
+    yield "loss", output.loss
+    for optimizer in optimizers.values():
+        optimizer.step()
+    for stage in output.stages:
+        chosen = [optimizers[name] for name in stage.optimizers]
+        for optimizer in chosen:
+            optimizer.zero_grad(set_to_none=True)
+        with computing():
+            loss = stage.loss()
+        if loss.requires_grad:
+            loss.backward()
+            for optimizer in chosen:
+                average_gradients(p for group in optimizer.param_groups for p in group["params"])
+        yield stage.name, loss
+        if loss.requires_grad:
+            for optimizer in chosen:
+                optimizer.step()
+
+
+class StepLog:
+    """Losses and terms of steps, which stay on the device until they are read together: that waits for the last step.
+
+    Args:
+        every: `run.log_every`, steps after which it is time to read them.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._waiting: list[tuple[int, tuple[str, ...], Tensor]] = []
+
+    @property
+    def is_due(self) -> bool:
+        """Whether as many steps wait as should be read together."""
+        return len(self._waiting) >= self._every
+
+    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Takes the values [] of a step."""
+        together = torch.stack([value.detach().float() for value in values.values()])
+        self._waiting.append((step, tuple(values), together))
+
+    def read(self) -> list[tuple[int, dict[str, float]]]:
+        """The steps that wait and their values by name, in order; then none waits."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return []
+        numbers = iter(torch.cat([values for _, _, values in waiting]).tolist())
+        return [(step, {name: next(numbers) for name in names}) for step, names, _ in waiting]
