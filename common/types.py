@@ -87,13 +87,13 @@ class Stage:
     Attributes:
         name: Of its loss in the log.
         optimizers: Names of the optimizers whose parameters it updates; gradients of others are ignored.
-        loss: Computes its scalar loss when all before it have updated. It works on rows that the step has gathered and
-            detached, so every process computes the same one; it may write buffers.
+        compute: Gives its loss and terms when all before it have updated. It works on rows that the step has gathered
+            and detached, so every process computes the same; it may write buffers.
     """
 
     name: str
     optimizers: tuple[str, ...]
-    loss: Callable[[], Tensor]
+    compute: Callable[[], "StepOutput"]
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,7 @@ class Runner:
             seed_torch(self.config.run.seed, self.state.step)
             with self._computing():
                 output: StepOutput = self.module(batch, position)
-            losses = dict(updates(output, self.optimizers, self._computing))
-            self.step_log.add(self.state.step, {**losses, **output.terms})
+            self.step_log.add(self.state.step, updates(output, self.optimizers, self._computing))
             if self.step_log.is_due:
                 self._log_steps()
             self.state.step += 1

@@ -1,6 +1,6 @@
 """What comes after a training step's loss: backward passes, updates, and the log of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ def updates(
     output: StepOutput,
     optimizers: Mapping[str, Optimizer],
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, StepOutput]]:
     """Takes a step: backward pass and update of its loss by all optimizers, then of each stage by the stage's.
 
     A parameter without a gradient is not updated. A stage whose loss has no graph, as without a triplet, changes
@@ -28,12 +28,12 @@ def updates(
         computing: Context in which the losses of stages are computed.
 
     Yields:
-        Name and loss [] of every pass, `loss` first, when its gradients are there and not used yet.
+        Name, and loss with terms, of every pass, `loss` first, when its gradients are there and not used yet.
     """
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     output.loss.backward()
-    yield "loss", output.loss
+    yield "loss", output
     for optimizer in optimizers.values():
         optimizer.step()
     for stage in output.stages:
@@ -41,13 +41,13 @@ def updates(
         for optimizer in chosen:
             optimizer.zero_grad(set_to_none=True)
         with computing():
-            loss = stage.loss()
-        if loss.requires_grad:
-            loss.backward()
+            found = stage.compute()
+        if found.loss.requires_grad:
+            found.loss.backward()
             for optimizer in chosen:
                 average_gradients(p for group in optimizer.param_groups for p in group["params"])
-        yield stage.name, loss
-        if loss.requires_grad:
+        yield stage.name, found
+        if found.loss.requires_grad:
             for optimizer in chosen:
                 optimizer.step()
 
@@ -68,8 +68,11 @@ class StepLog:
         """Whether as many steps wait as should be read together."""
         return len(self._waiting) >= self._every
 
-    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Takes the values [] of a step."""
+    def add(self, step: int, passes: Iterable[tuple[str, StepOutput]]) -> None:
+        """Takes what the passes of a step gave: the loss of each under its name, and its terms."""
+        values: dict[str, Tensor] = {}
+        for name, output in passes:
+            values.update({name: output.loss, **output.terms})
         together = torch.stack([value.detach().float() for value in values.values()])
         self._waiting.append((step, tuple(values), together))
 

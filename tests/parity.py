@@ -143,22 +143,25 @@ def check_method(name: str, case: MethodCase) -> Iterator[Row]:
 
     total_steps = int(case.cfg["optimizer"]["t_total"])
     optimizers = build_optimizers(case.optim_config(), model.param_groups(), total_steps)
-    losses: list[Tensor] = []
+    values: list[dict[str, Tensor]] = []  # of every step: losses of all passes, and terms
     model.train()
     for step in range(int(case.cfg["steps"])):
         case.arrange(model, step)
         out = model(case.batch, Progress(epoch=0, epochs=1, step=step, steps_per_epoch=total_steps))
-        for of_pass, loss in updates(out, optimizers):
-            if of_pass == "loss":
-                losses.append(loss.detach())
-            if step == 0 and of_pass == "loss":
-                yield from _check_first_step(name, case, model, loss, out.terms)
+        values.append({})
+        for of_pass, done in updates(out, optimizers):
+            values[-1].update({of_pass: done.loss.detach(), **done.terms})
+            if step == 0:
+                yield from _check_gradients(name, case, model, of_pass)
+        if step == 0:
+            yield from _check_first_step(name, case, values[0])
 
     # What happens after the first step is compared as far as the case records it.
     recorded, state = case.part("traj/"), model.state_dict()
-    if "total" in recorded:
-        total = {"total": recorded["total"]}
-        yield compare(name, "trajectory", {"total": torch.stack(losses)}, total, TRAJECTORY)
+    named = [{"total": one["loss"], **case.terms(one)} for one in values]
+    paths = {key: torch.stack([one[key] for one in named]) for key in named[0]} if named else {}
+    if steps := {key: value for key, value in recorded.items() if key in paths}:
+        yield compare(name, "trajectory", paths, steps, TRAJECTORY)
     if weights := case.model_class().import_reference(case.part("traj/sd/")):
         yield compare(name, "weights after the steps", state, weights, weights_bound(case.weight_bound))
     if banks := {case.buffers.get(key, key): value for key, value in case.part("traj/buffer/").items()}:
@@ -189,22 +192,24 @@ def _check_outputs(name: str, case: MethodCase, model: torch.nn.Module) -> Itera
         yield compare(name, "drawing probabilities", ours, draws, PROBABILITIES)
 
 
-def _check_first_step(
-    name: str, case: MethodCase, model: torch.nn.Module, loss: Tensor, terms: dict[str, Tensor]
-) -> Iterator[Row]:
+def _check_first_step(name: str, case: MethodCase, values: dict[str, Tensor]) -> Iterator[Row]:
     wanted = case.part("loss/")
     total = {"total": wanted.pop("total")} if "total" in wanted else {}
     bounds = {key: LOOSE_TERM if key in case.loose_terms() else LOSS for key in wanted}
     if wanted:
-        yield compare(name, "terms", case.terms(terms), wanted, bounds)
+        yield compare(name, "terms", case.terms(values), wanted, bounds)
     if total:
-        yield compare(name, "loss", {"total": loss}, total, LOSS)
-    recorded = case.part("grad/")
+        yield compare(name, "loss", {"total": values["loss"]}, total, LOSS)
+
+
+def _check_gradients(name: str, case: MethodCase, model: torch.nn.Module, of_pass: str) -> Iterator[Row]:
+    recorded = case.part(case.gradients[of_pass])
+    recorded = {key: value for key, value in recorded.items() if not case.noise.search(key)}
     if not recorded:
         return
     gradients = case.model_class().import_reference(recorded)
     ours = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
-    row = compare(name, "gradients", ours, gradients, GRADIENTS)
+    row = compare(name, case.gradients[of_pass].rstrip("/").replace("grad", "gradients"), ours, gradients, GRADIENTS)
     if len(gradients) != len(recorded):
         fault = f"{len(recorded) - len(gradients)} of {len(recorded)} gradients have no name here"
         row = Row(name, row.quantity, False, row.error, row.bound, fault)

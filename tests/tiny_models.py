@@ -134,7 +134,7 @@ def train_steps(method: str, cache_dir: str, batches: list[list[int]], overrides
         share = [batch[place] for place in torch.arange(len(batch)).tensor_split(world_size())[rank()]]
         torch.manual_seed(100 + step)
         out = wrapped(pick(split, share), Progress(epoch=0, epochs=1, step=step, steps_per_epoch=len(batches)))
-        losses += [loss.item() for _, loss in updates(out, optimizers)]
+        losses += [done.loss.item() for _, done in updates(out, optimizers)]
     return {"losses": losses, "state": {name: value.clone() for name, value in model.state_dict().items()}}
 
 

@@ -4,6 +4,7 @@ A subclass named `Case` says what only its method knows: settings in our names, 
 recorded random draws. Everything else is read from the arrays here.
 """
 
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
@@ -31,6 +32,8 @@ class MethodCase:
     """
 
     buffers: ClassVar[Mapping[str, str]] = {}  # name under in/buffer/ and traj/buffer/ -> name in our state dict
+    gradients: ClassVar[Mapping[str, str]] = {"loss": "grad/"}  # pass of a step -> where its gradients are recorded
+    noise: ClassVar[re.Pattern[str]] = re.compile("(?!)")  # gradients that are 0 but for rounding
     code_bound: ClassVar[float] = 3e-4  # absolute, of relaxed codes after the steps
     weight_bound: ClassVar[float] = 1e-5  # absolute, of weights after the steps, beside 1e-4 relative
 
@@ -48,7 +51,7 @@ class MethodCase:
         raise NotImplementedError
 
     def terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The reference's terms, by its names under loss/, from those of our StepOutput."""
+        """The reference's terms, by its names under loss/ and traj/, from the losses of all passes and their terms."""
         raise NotImplementedError
 
     def outputs(self, model: Any) -> dict[str, Tensor]:
