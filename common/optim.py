@@ -231,6 +231,38 @@ def _rate(group: Mapping[str, Any], step: int) -> float:
     return cast(float, group["lr"] * scheduled_factor(group["schedule"], step / group["total_steps"], group["warmup"]))
 
 
+@OPTIMIZERS.register("ClippedBertAdam")
+class ClippedBertAdam(BertAdam):
+    """BertAdam after clipping by the norm of all gradients together, which keeps their direction.
+
+    Source:
+        torch.nn.utils.clip_grad_norm_, which the trainers of DPSIH and DGHDGH call before BertAdam.
+    """
+
+    class Config(BertAdam.Config):
+        """An entry of `optim:` of type ClippedBertAdam."""
+
+        max_total_norm: float = Field(gt=0)  # largest norm of all gradients of this optimizer together
+
+    @classmethod
+    def build(cls, groups: Groups, config: BertAdam.Config, total_steps: int) -> "ClippedBertAdam":
+        """The optimizer of a model's groups; arguments as `BertAdam.build`."""
+        optimizer = cast(ClippedBertAdam, super().build(groups, config, total_steps))
+        for group in optimizer.param_groups:
+            group["max_total_norm"] = cast(ClippedBertAdam.Config, config).max_total_norm
+        return optimizer
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Clips, then updates as BertAdam does; arguments as there."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _clip_together(self, "max_total_norm")
+        super().step()
+        return loss
+
+
 # ---------------------------------------------------------------------------------------------- torch's own
 
 
@@ -311,9 +343,7 @@ class Adam(torch.optim.Adam):
 
     def step(self, closure: Any = None) -> Any:
         """Clips, sets the scheduled rates, then updates as torch does."""
-        if self.param_groups[0]["max_grad_norm"] > 0:  # the same in all groups
-            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.param_groups[0]["max_grad_norm"])
+        _clip_together(self, "max_grad_norm")
         for group in self.param_groups:
             passed = sum(group["updates"] >= milestone for milestone in group["milestones"])
             group["lr"] = group["peak_lr"] * group["milestone_factor"] ** passed
@@ -356,6 +386,14 @@ class AdamW(torch.optim.AdamW):
         """Sets the scheduled rates, then updates as torch does."""
         _set_rates(self)
         return super().step(closure)
+
+
+def _clip_together(optimizer: torch.optim.Optimizer, key: str) -> None:
+    """Clips all gradients by their norm as if they were one tensor's, if the value under `key` is above 0."""
+    norm = optimizer.param_groups[0][key]  # the same in all groups
+    if norm > 0:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
 def _attach_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, warmup: float, total_steps: int) -> None:

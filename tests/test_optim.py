@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from common.config import OptimizerConfig
 from common.errors import UserError
-from common.optim import SGD, Adam, AdamW, BertAdam, build_optimizers, scheduled_factor
+from common.optim import SGD, Adam, AdamW, BertAdam, ClippedBertAdam, build_optimizers, scheduled_factor
 
 GOLDEN = Path(__file__).parent / "golden" / "bertadam.npz"
 BERT_ADAM: dict[str, Any] = {
@@ -191,12 +191,35 @@ def test_get_lr_is_zero_before_the_first_update_of_any_tensor() -> None:
     assert optimizer.get_lr() == [0.0]
 
 
-@pytest.mark.parametrize("kind", ["BertAdam", "SGD", "Adam", "AdamW"])
+def test_clipping_all_gradients_together_keeps_their_direction() -> None:
+    """The gradient 12, 16 is clipped to 1.2, 1.6, then each tensor to at most 1.5; both are as given to BertAdam."""
+    clipped, plain = ([Parameter(torch.ones(1)), Parameter(torch.ones(1))] for _ in range(2))
+    tree = {**bert_adam({"a": 0.1}, max_grad_norm=1.5).model_dump(), "type": "ClippedBertAdam", "max_total_norm": 2.0}
+    config = ClippedBertAdam.Config.model_validate(tree)
+    optimizers = [
+        build_optimizers({"main": config}, {"main": {"a": clipped}}, 10)["main"],
+        BertAdam.build({"a": plain}, bert_adam({"a": 0.1}, max_grad_norm=1.5), 10),
+    ]
+    for _ in range(3):
+        for parameters, gradients in ((clipped, (12.0, 16.0)), (plain, (1.2, 1.6))):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = torch.tensor([gradient])
+        for optimizer in optimizers:
+            optimizer.step()
+    assert clipped[0].grad is not None and clipped[0].grad.item() == pytest.approx(1.2)
+    assert [p.item() for p in clipped] == pytest.approx([p.item() for p in plain], abs=1e-6)
+    assert clipped[0].item() != 1
+
+
+@pytest.mark.parametrize("kind", ["BertAdam", "ClippedBertAdam", "SGD", "Adam", "AdamW"])
 def test_a_run_continued_from_its_state_ends_in_the_same_bits(kind: str) -> None:
     def build(parameters: list[Parameter]) -> torch.optim.Optimizer:
         groups, lr = {"a": parameters[:5], "b": parameters[5:]}, {"a": 0.01, "b": 0.1}
         configs: dict[str, OptimizerConfig] = {
             "BertAdam": bert_adam(lr),
+            "ClippedBertAdam": ClippedBertAdam.Config.model_validate(
+                {**bert_adam(lr).model_dump(), "type": "ClippedBertAdam", "max_total_norm": 0.5}
+            ),
             "SGD": sgd(lr, schedule="cosine"),
             "Adam": adam(lr, milestones=[6, 12], max_grad_norm=0.5),
             "AdamW": adamw(lr),

@@ -95,6 +95,9 @@ class MethodCase:
             name = next(ours for prefix, ours in groups.items() if group["prefix"].startswith(prefix))
             if rates.setdefault(name, float(group["lr"])) != group["lr"]:
                 raise UserError(f"the case trains parts of our group {name!r} at different rates")
+        clipped = (
+            {"type": "ClippedBertAdam", "max_total_norm": recorded["global_clip"]} if "global_clip" in recorded else {}
+        )
         return {
             "type": recorded["arch"],
             "lr": rates,
@@ -105,6 +108,7 @@ class MethodCase:
             "eps": recorded["e"],
             "weight_decay": recorded["weight_decay"],
             "max_grad_norm": recorded["max_grad_norm"],
+            **clipped,
         }
 
     def adam(self, optimizers: Mapping[str, Mapping[str, str]]) -> Tree:
