@@ -74,7 +74,8 @@ def wait_for(files: list[Path]) -> list[int]:
 
 
 def test_all_end_well(tmp_path: Path) -> None:
-    process = launcher(tmp_path, "print('rank', rank, os.environ['WORLD_SIZE'], flush=True)", count=3)
+    body = "os.write(1, f\"rank {rank} {os.environ['WORLD_SIZE']}\\n\".encode())"  # in one piece
+    process = launcher(tmp_path, body, count=3)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert sorted(output.splitlines()) == ["rank 0 3", "rank 1 3", "rank 2 3"]
