@@ -24,6 +24,22 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
+def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy with all labels of an item, each as a target of its own.
+
+    Args:
+        logits: [B, C].
+        labels: Multi-hot labels, [B, C].
+
+    Returns:
+        Scalar: the sum over labels of `-log softmax`, mean over rows; a row without labels costs 0.
+
+    Source:
+        DNcH, ESWA 2025, on cosines without a temperature, as in the authors' code; DGHDGH, ICLR 2026.
+    """
+    return -(logits.log_softmax(-1) * (labels > 0)).sum(-1).mean()
+
+
 def asymmetric_likelihood(bank: Tensor, codes: Tensor, similarity: Tensor) -> Tensor:
     """Negative log-likelihood of pairwise similarities, codes of the batch against remembered codes of all items.
 

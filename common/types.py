@@ -86,7 +86,7 @@ class Stage:
 
     Attributes:
         name: Of its loss in the log.
-        optimizers: Names of the optimizers whose parameters it updates; gradients of others are ignored.
+        optimizers: Names of the optimizers whose parameters it updates; it has a gradient for no other.
         compute: Gives its loss and terms when all before it have updated. It works on rows that the step has gathered
             and detached, so every process computes the same; it may write buffers.
     """

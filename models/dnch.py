@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.losses import masked_mean
+from common.losses import masked_mean, soft_cross_entropy
 from common.registry import MODELS
 from common.similarity import cosine_similarity, label_similarity
 from common.types import DataInfo, StepOutput
@@ -218,19 +218,3 @@ def balance(items: Tensor, classes: Tensor) -> Tensor:
         [B] float64.
     """
     return torch.where(classes.any(1), items.sum(1).double() / classes.sum(1).clamp(min=1), 0)
-
-
-def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy with all labels of an item, each as a target of its own.
-
-    Args:
-        logits: [B, C].
-        labels: Multi-hot labels, [B, C].
-
-    Returns:
-        Scalar: the sum over labels of `-log softmax`, mean over rows; a row without labels costs 0.
-
-    Source:
-        DNcH, ESWA 2025; cosines without a temperature, as in the authors' code.
-    """
-    return -(logits.log_softmax(-1) * (labels > 0)).sum(-1).mean()

@@ -38,14 +38,15 @@ def updates(
         optimizer.step()
     for stage in output.stages:
         chosen = [optimizers[name] for name in stage.optimizers]
-        for optimizer in chosen:
-            optimizer.zero_grad(set_to_none=True)
+        parameters = [p for optimizer in chosen for group in optimizer.param_groups for p in group["params"]]
         with computing():
             found = stage.compute()
         if found.loss.requires_grad:
-            found.loss.backward()
-            for optimizer in chosen:
-                average_gradients(p for group in optimizer.param_groups for p in group["params"])
+            # Not by backward(), which would run the hooks of DistributedDataParallel: it waits for the loss's alone.
+            gradients = torch.autograd.grad(found.loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            average_gradients(parameters)
         yield stage.name, found
         if found.loss.requires_grad:
             for optimizer in chosen:

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from common.errors import UserError
 from common.registry import MODELS
 from common.types import Progress
-from tests.tiny_models import CLASSES, ROWS, SMALL, assert_same_in_processes, build, pick, rows_of, section
+from runners.steps import updates
+from tests.tiny_models import CLASSES, ROWS, SMALL, assert_same_in_processes, build, descents, pick, rows_of, section
 
 START = Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1)
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every method is tried with
@@ -23,6 +24,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every
         {"similarity": "cosine", "loss_type": "l1"},
         {"similarity": "clipped_cosine"},
     ],
+    "DGHDGH": [{"adaptive_weight": True, "graph_layers": 1, "graph_heads": 1}],
     "DIMCH": [
         *({"distance": name} for name in ("chamfer", "max", "avg")),
         *({"distance": name, "diversity": "sample"} for name in ("smooth_chamfer", "chamfer", "max", "avg")),
@@ -58,6 +60,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every
     "VTPH": [{"affinity": "js"}, {"mask_padding": True}, {"prompt_layers": 0}, {"prompt_heads": 4}],
 }
 REFUSED: list[tuple[str, dict[str, Any], str]] = [  # method, settings, what is said
+    ("DGHDGH", {"graph_heads": 3}, r"model\.graph_heads is 3, which does not divide model\.bits = 16"),
     *(
         ("DIMCH", wrong, next(iter(wrong)))
         for wrong in (
@@ -111,11 +114,14 @@ def test_options_train_and_encode(method: str, options: dict[str, Any], tmp_path
     trained = [p for groups in model.param_groups().values() for group in groups.values() for p in group]
     assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
     for batch in (rows, pick(rows, [4])):
-        model.zero_grad()
-        loss = model(batch, START).loss
-        loss.backward()
-        assert loss.isfinite()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+        reached: set[int] = set()
+        for step, done in updates(model(batch, START), descents(model, 0.0)):
+            assert done.loss.isfinite()
+            gradients = {id(p): p.grad for p in trained if p.grad is not None}
+            assert all(gradient.isfinite().all() for gradient in gradients.values())
+            assert step != "loss" or not model.loss_reaches_all or len(gradients) == len(trained)
+            reached |= gradients.keys()
+        assert reached == {id(p) for p in trained}
     model.eval()
     for encode, fields in ((model.encode_image, model.image_fields), (model.encode_text, model.text_fields)):
         with torch.no_grad():

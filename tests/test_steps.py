@@ -20,8 +20,8 @@ def test_stages_see_what_came_before_and_update_their_own() -> None:
         passes.append((name, done.loss.item(), [p.grad.item() if p.grad is not None else None for p in (a, b, unused)]))
     assert passes == [
         ("loss", 5.0, [1.0, 2.0, None]),
-        ("product", 0.5, [1 + 1.0, 0.5, None]),  # a = 0.5, b = 1: the loss's update comes first; a's gradient piles up
-        ("nothing", 7.0, [None, 0.5, None]),
+        ("product", 0.5, [1.0, 0.5, None]),  # a = 0.5, b = 1: the loss's update comes first
+        ("nothing", 7.0, [1.0, 0.5, None]),
         ("square", 0.25, [1.0, 0.5, None]),
     ]
     assert (a.item(), b.item(), unused.item()) == (0.0, 0.75, 3.0)
