@@ -5,7 +5,6 @@ What is done with a batch stands in `train_epoch`; what a method does with it st
 
 import dataclasses
 import logging
-import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ import torch
 
 from common import checkpoint
 from common.config import Config
-from common.errors import UserError
 from common.optim import build_optimizers
 from common.registry import RUNNERS
 from common.types import Progress, StepOutput
@@ -33,7 +31,7 @@ from runners.setup import (
     split_backbone,
     training_loader,
 )
-from runners.steps import StepLog, updates
+from runners.steps import StepLog, require_finite_loss, updates
 from utils.distributed import Votes, barrier, data_parallel, is_main
 from utils.files import write_json, write_text
 from utils.launch import pick_device
@@ -185,14 +183,7 @@ class Runner:
         Nothing that a step changed may be saved before.
         """
         for step, values in self.step_log.read():
-            if not all(math.isfinite(value) for value in values.values()):
-                kept = self.checkpoints.paths()
-                raise UserError(
-                    f"the loss is not finite at step {step} "
-                    f"({', '.join(f'{name} {value:.4g}' for name, value in values.items())}); last good checkpoint: "
-                    f"{kept[-1] if kept else 'none yet'}; lower optim.*.lr, or set run.precision=float32, and start "
-                    "anew"
-                )
+            require_finite_loss(step, values, self.checkpoints.paths())
             if self.record is not None:
                 self.record.write("step", step + 1, values)  # counted when it is taken
             self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)

@@ -1,13 +1,16 @@
 """What comes after a training step's loss: backward passes, updates, and the log of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from common.errors import UserError
 from common.types import StepOutput
 from utils.distributed import average_gradients
 
@@ -84,3 +87,23 @@ class StepLog:
             return []
         numbers = iter(torch.cat([values for _, _, values in waiting]).tolist())
         return [(step, {name: next(numbers) for name in names}) for step, names, _ in waiting]
+
+
+def require_finite_loss(step: int, values: Mapping[str, float], checkpoints: Sequence[Path]) -> None:
+    """Refuses losses and terms that are not finite.
+
+    Args:
+        step: Number of the step, from 0.
+        values: Its losses and terms by name.
+        checkpoints: Those kept, the newest last.
+
+    Raises:
+        UserError: If one is not finite.
+    """
+    if not all(math.isfinite(value) for value in values.values()):
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise UserError(
+            f"the loss is not finite at step {step} ({terms}); last good checkpoint: "
+            f"{checkpoints[-1] if checkpoints else 'none yet'}; lower optim.*.lr, or set run.precision=float32, and "
+            "start anew"
+        )
