@@ -4,13 +4,11 @@ Reads what the authors of DCMHT, DSPH, DNPH, MITH, VTPH and DCMH distribute, wit
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -20,12 +18,11 @@ from common.places import DataPath
 from common.registry import DATASETS
 from dataset.base import Contents, PairedConfig, PairedDataset, Split
 from dataset.columns import CaptionColumn, MatrixColumn, PictureColumn
+from dataset.labels import read_labels
 from dataset.mat_reader import number_matrix, read_variable, text_rows
 from dataset.pictures.reading import JoinedPictures, PictureFiles, Pictures, resolve_paths
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_json_lines, read_lines
-
-log = logging.getLogger(__name__)
 
 INDEX_KEYS = ("index", "imgs", "FAll", "IAll")
 TOPIC_KEYS = ("T_tr", "T_te")
@@ -283,59 +280,9 @@ def _read_captions(
 
 
 def _read_labels(path: Path, count: int) -> Tensor:
-    """Multi-hot labels, [N, C] bool, from 1 and 0, from 1 and -1, or from one class number per item."""
+    """Multi-hot labels, [N, C] bool."""
     variable = read_variable(path, LABEL_KEYS)
-    value = variable.value
-    if not isinstance(value, Pictures) and value.ndim == 1:
-        value = value[:, None]
-    labels = number_matrix(value, count)
-    if labels is None:
-        raise UserError(f"{variable.place} is not a matrix of labels [N, C]; write 1 where an item has a label, else 0")
-    single = labels.shape[1] == 1
-    if single and np.isin(labels, (-1, 0, 1)).all() and not (labels == 1).all():
-        raise UserError(
-            f"{variable.place} has one column of {_values(labels)}: one label that some items lack, or two classes; "
-            "write class numbers from 1, or one column per label"
-        )
-    if single and not (labels == 1).all():
-        return _one_hot(labels[:, 0], variable.place)
-    absent = -1 if (labels == -1).any() else 0
-    wrong = (labels != absent) & (labels != 1)
-    if wrong.any():
-        row, column = (int(place[0]) for place in wrong.nonzero())
-        raise UserError(
-            f"{variable.place}: row {row}, column {column} is {labels[row, column]}{' beside -1' if absent else ''}; "
-            "labels are 1 and 0, 1 and -1, or one class number per item: write the file again"
-        )
-    if absent:
-        log.info("%s: labels are 1 and -1; -1 is read as no label", variable.place)
-    return torch.from_numpy(labels == 1)
-
-
-def _one_hot(numbers: npt.NDArray[Any], place: str) -> Tensor:
-    """Labels [N, C] bool of items that have one class each; C counts the numbers [N] that occur, in their order."""
-    wrong = ~((numbers >= 0) & (numbers == np.floor(numbers)))
-    if wrong.any():
-        row = int(wrong.nonzero()[0][0])
-        raise UserError(
-            f"{place}: row {row} is {numbers[row]}, which is no class number; write whole numbers, or one column per "
-            "label with 1 and 0"
-        )
-    classes, columns = np.unique(numbers, return_inverse=True)
-    if 2 * len(classes) > len(numbers):
-        raise UserError(
-            f"{place} has {len(classes)} different numbers for {len(numbers)} items, which are no classes that items "
-            "share; write a class number per item, or one column per label with 1 and 0"
-        )
-    log.info(
-        "%s: one class number per item, %d different from %d to %d; each is read as a label",
-        place, len(classes), classes[0], classes[-1],
-    )  # fmt: skip
-    return torch.from_numpy(columns.reshape(-1, 1) == np.arange(len(classes)))
-
-
-def _values(labels: npt.NDArray[Any]) -> str:
-    return " and ".join(f"{value:g}" for value in np.unique(labels).astype(float))
+    return read_labels(variable.value, count, variable.place)
 
 
 def _read_lists(path: Path, count: int) -> tuple[Tensor, Tensor]:

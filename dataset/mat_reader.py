@@ -11,8 +11,10 @@ import io
 import math
 import re
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -87,11 +89,28 @@ class Variable:
         return f"{self.path} ({self.key})"
 
 
+def variable_names(path: Path) -> list[str]:
+    """Names of the variables of a .mat file of MATLAB v4 to v7.3, or of a .npz file.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    with _readable(path):
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return [name.removesuffix(".npy") for name in archive.namelist()]
+        if h5py.is_hdf5(path):
+            with h5py.File(path, "r") as file:
+                return list(_hdf5_names(file))
+        _require_honest(path)
+        return [name for name, _, _ in scipy.io.whosmat(path)]
+
+
 def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Variable:
     """Reads the first of some variables that a file has.
 
     Args:
-        path: A .mat file of MATLAB v4 to v7.3, or a .npy file.
+        path: A .mat file of MATLAB v4 to v7.3, a .npz or a .npy file.
         keys: Names that the variable may have, the likeliest first.
         text: Whether characters are expected: tells whether 16-bit numbers without a class in HDF5 are characters.
 
@@ -101,13 +120,11 @@ def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Var
     Raises:
         UserError: If the file cannot be read, or has none of the keys.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no regular file; name a .mat or .npy file in the dataset section")
-    if not path.is_file():
-        raise UserError(f"{path} is missing; put it there, or name the file in the dataset section")
-    try:
+    with _readable(path):
         if path.suffix == ".npy":
             return Variable(path, path.name, _pictures_or(np.load(path, mmap_mode="r", allow_pickle=False), path))
+        if path.suffix == ".npz":
+            return _read_npz(path, keys)
         if h5py.is_hdf5(path):
             return _read_hdf5(path, keys, text)
         _require_honest(path)
@@ -117,13 +134,42 @@ def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Var
         _Room(path).take(math.prod(shape) * _ITEM.get(kind, 8))
         value = scipy.io.loadmat(path, variable_names=[key])[key]
         return Variable(path, key, _pictures_or(value.toarray() if scipy.sparse.issparse(value) else value, path))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Context of reading a file, whose errors name it and say what to do."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file; name a .mat, .npz or .npy file")
+    if not path.is_file():
+        raise UserError(f"{path} is missing; put it there, or name the file that has what it should hold")
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise whatever they stumble over
         why = " ".join(str(error).split()) or type(error).__name__
+        kind = path.suffix if path.suffix in (".npz", ".npy") else ".mat"
         raise UserError(
-            f"{path} cannot be read as a .mat file ({why}); it is truncated or not one: make or fetch it again"
+            f"{path} cannot be read as a {kind} file ({why}); it is truncated or not one: make or fetch it again"
         ) from None
+
+
+def _read_npz(path: Path, keys: Sequence[str]) -> Variable:
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        key = _choose(path, keys, list(members))
+        room = _Room(path)
+        room.take(members[key].file_size)
+        with archive.open(members[key]) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(file)
+            room.take(math.prod(shape) * dtype.itemsize)  # which NumPy makes room for, whatever follows
+        with archive.open(members[key]) as file:
+            return Variable(path, key, np.lib.format.read_array(file, allow_pickle=False))
 
 
 def text_rows(value: Array | Pictures, count: int | None) -> list[list[str]] | None:

@@ -95,6 +95,11 @@ def _do(options: argparse.Namespace) -> int:
 
         check_data(options.check_data, options.overrides, None if options.save_dir is None else Path(options.save_dir))
         return 0
+    if options.score is not None:
+        from runners.scoring import score_file
+
+        score_file(options.score, options.overrides, options.device or "auto", options.save_dir)
+        return 0
     if options.index is not None or options.search is not None or options.serve is not None:
         from runners.search import commands
 

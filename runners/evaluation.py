@@ -236,7 +236,10 @@ def evaluate_file(config: Config, path: Path) -> None:
     if is_main():
         folder = config.run_folder
         make_folder(folder, "--save-dir")
-        files = [*save_codes(folder, f"codes-{path.stem}", found), folder / f"evaluation-{path.stem}.json"]
+        files = [
+            *save_codes(folder, f"codes-{path.stem}", found, model.code_lengths),
+            folder / f"evaluation-{path.stem}.json",
+        ]
         entry = {"epoch": loaded.meta.get("epoch", 0), "reports": found.reports["query"]}
         results = summarise(config, model, dataset, [entry], entry)
         write_json(files[-1], results)
@@ -245,13 +248,14 @@ def evaluate_file(config: Config, path: Path) -> None:
     barrier()
 
 
-def save_codes(folder: Path, name: str, found: Evaluation) -> list[Path]:
-    """Writes codes and labels as `<name>.npz` and, with the peers' key names, as `<name>.mat`.
+def save_codes(folder: Path, name: str, found: Evaluation, lengths: tuple[int, ...]) -> list[Path]:
+    """Writes codes and labels, with the peers' key names, as `<name>.npz` and as `<name>.mat`; `--score` reads both.
 
     Args:
         folder: The run's folder.
         name: File name without suffix.
         found: An evaluation of the query split.
+        lengths: Lengths of the codes that stand side by side in the last axis; written as `lengths`.
 
     Returns:
         The two paths.
@@ -266,6 +270,7 @@ def save_codes(folder: Path, name: str, found: Evaluation) -> list[Path]:
         "r_l": database.labels,
     }
     small = {key: value.numpy().astype(np.int8) for key, value in arrays.items()}
+    small["lengths"] = np.array(lengths)
     paths = [folder / f"{name}.npz", folder / f"{name}.mat"]
     with atomic(paths[0]) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **small)

@@ -1,5 +1,6 @@
 """What a run found, as numbers that say how they were made: `results.json` and the table on the terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.config import Config
@@ -7,7 +8,7 @@ from common.metrics import random_map
 from common.pair_metrics import random_pairs
 from dataset.base import PairedDataset
 from models.base import HashingModel
-from runners.selection import HOW, KEYS, Entry, choices, headline
+from runners.selection import HOW, KEYS, Entry, Reports, choices, headline
 from utils.output import table
 
 
@@ -94,7 +95,8 @@ def _selection(config: Config, dataset: PairedDataset) -> str:
 def results_table(results: dict[str, Any]) -> str:
     """The reported epoch's numbers of every direction and code length, with random codes beside them."""
     best = results["best"]
-    tables = [table(rows) for rows in (_map_rows(results), _pair_rows(results)) if len(rows) > 1]
+    found = (map_rows(best["reports"], results["random_codes"]), _pair_rows(results))
+    tables = [table(rows) for rows in found if len(rows) > 1]
     epoch = f", epoch {best['epoch']} of {results['epochs']}" if best["epoch"] else ""
     lines = [f"{results['model']} on {results['dataset']}{epoch}", *tables]
     lines.append(f"reported epoch: {results['selection']}")
@@ -113,15 +115,20 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _map_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Every mAP of four directions; only the heading where there are none."""
+def map_rows(reports: Reports, random_codes: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Rows of a table of every mAP; only the heading where there are none.
+
+    Args:
+        reports: Code length -> `direction/name` -> number.
+        random_codes: Code length -> `mAP@all` of random codes.
+    """
     rows: list[list[str]] = [["bits", "direction"]]
-    for bits, numbers in results["best"]["reports"].items():
+    for bits, numbers in reports.items():
         metrics = list(dict.fromkeys(name.partition("/")[2] for name in numbers if "mAP" in name))
         rows[0] = ["bits", "direction", *metrics, "random codes' mAP@all"]
         for direction in dict.fromkeys(name.partition("/")[0] for name in numbers if "mAP" in name):
             values = [f"{numbers[f'{direction}/{metric}']:.4f}" for metric in metrics]
-            rows.append([bits, direction, *values, f"{results['random_codes'][bits]['mAP@all']:.4f}"])
+            rows.append([bits, direction, *values, f"{random_codes[bits]['mAP@all']:.4f}"])
     return rows
 
 

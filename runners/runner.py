@@ -162,7 +162,7 @@ class Runner:
             if best:
                 checkpoint.save(self.folder / "best.pt", self._meta(epoch=epoch), self.model.state_dict())
                 if "query" in self.watched:
-                    save_codes(self.folder, "codes-best", found)
+                    save_codes(self.folder, "codes-best", found, self.model.code_lengths)
             seen = scores(found.reports)
             self.record.write("evaluation", self.state.step, {"epoch": epoch, **seen})
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in seen.items())
@@ -235,7 +235,7 @@ class Runner:
         if self.record is not None:  # the first process
             self.record.close()
             if found is not None:
-                save_codes(self.folder, "codes-best", found)
+                save_codes(self.folder, "codes-best", found, self.model.code_lengths)
             results = summarise(self.config, self.model, self.dataset, self.state.history, best)
             write_json(self.folder / "results.json", results)
             say(results_table(results))

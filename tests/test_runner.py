@@ -137,6 +137,12 @@ def test_every_method_trains_resumes_and_evaluates(method: str, tmp_path: Path, 
     assert evaluated["best"]["reports"] == results["best"]["reports"]
     assert_same_codes(whole / "codes-best.npz", whole / "codes-best.mat", int(results["bits"]))
 
+    code, out, err = run(
+        "--score", whole / "codes-best.mat", "score.definitions=[relevant,expected]", "score.cutoffs=[all]"
+    )
+    assert code == 0, err
+    assert json.loads((whole / "score-codes-best.json").read_text())["reports"] == results["best"]["reports"]
+
 
 def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str] | Forked") -> None:
     log = folder / "log.jsonl"
