@@ -39,6 +39,7 @@ def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
     _take_places(own, "evaluate", EvaluateConfig, ROOT / "configs/base.yaml", origins)
     if isinstance(own["dataset"].get("split"), dict):
         own["dataset"]["split"].setdefault("validation", 0)  # what earlier versions did
+    own["dataset"].setdefault("tokens", 49408)  # likewise
     beside = str(path.resolve().parent).replace("{", "{{").replace("}", "}}")
     own["run"]["save_dir"], origins["run.save_dir"] = beside, "beside the checkpoint"
     kind, name = own["dataset"].get("type"), own["dataset"].get("name")

@@ -23,6 +23,7 @@ from common.places import Mark
 from dataset.columns import CaptionColumn, Column, MatrixColumn, PictureColumn, WordColumn
 from dataset.pictures.reading import Pictures
 from dataset.texts.captions import Captions
+from dataset.texts.tokenizer import SMALLEST, VOCABULARY
 from dataset.texts.word_vectors import WordVectors
 
 Split = Literal["query", "train", "database", "validation"]
@@ -68,6 +69,7 @@ class PairedConfig(DatasetConfig):
     # folder of the picture cache: pictures decoded once, scaled down, in one file; null = none
     cache: Annotated[str, Mark.OF_MACHINE] | None
     text_length: int = Field(ge=2, le=4096)  # L, tokens of a text with start, end and padding
+    tokens: int = Field(ge=SMALLEST, le=VOCABULARY)  # different tokens that texts are made of; must be the backbone's
     vocabulary: int = Field(gt=0, le=10_000_000)  # V, words of `bag_of_words`, for the methods that read it
 
 
@@ -347,7 +349,7 @@ class PairedDataset(ABC):
         self.picture_shape = (3, config.image_size, config.image_size)
         self.columns: dict[Split, dict[str, Column]] = {}
         captions = contents.captions
-        tokens = None if captions is None else Captions(captions, config.text_length)
+        tokens = None if captions is None else Captions(captions, config.text_length, config.tokens)
         vectors = None if captions is None else WordVectors(captions, config.vocabulary)
         for split in SPLITS:
             items = self.splits.items(split)

@@ -76,7 +76,7 @@ class ManifestDataset(PairedDataset):
             for columns in self.columns.values():
                 del columns["labels"]
         if self._image_captions is not None:
-            captions = Captions(self._image_captions, config.text_length)
+            captions = Captions(self._image_captions, config.text_length, config.tokens)
             for split, columns in self.columns.items():
                 columns["image_caption"] = CaptionColumn(captions, self.splits.items(split))
             train = self.columns["train"]

@@ -160,7 +160,7 @@ class MatDataset(PairedDataset):
         if texts is None:
             raise UserError(f"{path} holds numbers, not sentences; write one caption per picture")
         _check_lengths({_file(root, self.config.index, "index"): self.names, path: texts})
-        captions = Captions(texts, self.config.text_length)
+        captions = Captions(texts, self.config.text_length, self.config.tokens)
         for split, columns in self.columns.items():
             columns["image_caption"] = CaptionColumn(captions, self.splits.items(split))
             if self._counterpart(split) == "paired":
@@ -210,7 +210,7 @@ class MatDataset(PairedDataset):
         self.pictures = JoinedPictures(self.pictures, PictureFiles(paths, images))
         columns = self.columns["query"]
         columns["counterpart_image"] = PictureColumn(numbers, self.picture_shape)
-        tokens = Captions([[text] for text in texts], self.config.text_length)
+        tokens = Captions([[text] for text in texts], self.config.text_length, self.config.tokens)
         columns["counterpart_caption"] = CaptionColumn(tokens, torch.arange(queries))
 
     def _require_same_queries(self, folder: Path) -> None:

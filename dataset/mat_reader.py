@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 # zlib reaches 1,032 : 1. The densest honest files are label and tag matrices of doubles, nearly all 0: about 150 : 1.
 _FLOOR, _FACTOR = 2**28, 200
 _CELL = 1024  # bytes that a cell of an HDF5 file is counted as at least: an object of Python, and the time to open it
-_ARRAY = 128  # bytes of an empty array of NumPy, which SciPy makes of every matrix
+_ARRAY = 128  # bytes of an empty array of NumPy, which SciPy makes of every element; bounds the time here, too
 _ITEM = {"char": 4, "logical": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "single": 4}
 _MATRIX, _COMPRESSED = 14, 15  # miMATRIX, miCOMPRESSED: types of an element in a MATLAB 5 file
 _OPAQUE = 17  # class of a matrix that has no dimensions
@@ -312,6 +312,7 @@ def _count_elements(stream: IO[bytes], order: str, room: _Room, end: int | None)
     """
     cells = 0  # of the matrix at hand, where it has named fields
     while (end is None or stream.tell() < end) and len(tag := stream.read(8)) == 8:
+        room.take(_ARRAY)
         kind, size = struct.unpack(f"{order}II", tag)
         if kind >> 16:  # a small element: its bytes are in the tag
             kind, size = kind & 0xFFFF, 0
@@ -323,7 +324,6 @@ def _count_elements(stream: IO[bytes], order: str, room: _Room, end: int | None)
             if len(flags) < 16:
                 return
             kind = struct.unpack(f"{order}I", flags[8:12])[0] & 0xFF
-            room.take(_ARRAY)
             if kind == _OPAQUE:
                 continue
             declared = abs(math.prod(_dimensions(stream, order))) * _ROOM_OF_CLASS.get(kind, 0)

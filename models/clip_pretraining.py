@@ -46,7 +46,7 @@ class ContrastivePretraining(HashingModel):
         text_width: Width
         text_layers: Count
         context_length: Count  # tokens; at least dataset.text_length
-        vocabulary: Count  # rows of the token table; CLIP's: 49408
+        vocabulary: Count  # rows of the token table; equals dataset.tokens; CLIP's: 49408
         activation: Literal["quick_gelu", "gelu"]  # of the MLPs; paper: quick_gelu
         temperature: float = Field(gt=0)  # at the start; it is learned. Paper: 0.07
         max_logit_scale: float = Field(ge=1)  # bound of the learned 1 / temperature. Paper: 100

@@ -240,7 +240,7 @@ class Encoder:
         if field in PICTURES:
             return view_pixels(read_picture(value), View[self.encoding.view], shape[-1], None)
         if field in TEXTS:
-            return tokenize([value], shape[0])[0]
+            return tokenize([value], shape[0], self.encoding.tokens)[0]
         if field == "bag_of_words" and isinstance(value, str):
             return word_vector(value, self._number)
         row = torch.as_tensor(np.asarray(value, np.float32))

@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.types import ClipShape
 from dataset.base import PairedDataset
 from dataset.columns import WordColumn
+from dataset.texts.tokenizer import SMALLEST, VOCABULARY
 from models.base import HashingModel
 from models.clip.towers import CLIP
 
@@ -25,6 +26,7 @@ class Encoding(Section):
         field_shapes: Shape of one row of every batch field that the model reads, labels included.
         clip: Sizes of its CLIP; None for a model without one.
         view: What a picture is turned into, a name of `View`.
+        tokens: `dataset.tokens`.
         vocabulary: Words of `bag_of_words` in the order of its columns; None where the model reads none, or the data
             set brought word vectors.
         precision: `run.precision`.
@@ -36,6 +38,7 @@ class Encoding(Section):
     field_shapes: dict[str, tuple[int, ...]]
     clip: ClipShape | None
     view: Literal["SQUASHED"]
+    tokens: int = Field(default=VOCABULARY, ge=SMALLEST, le=VOCABULARY)  # earlier versions do not say: they had CLIP's
     vocabulary: list[str] | None
     precision: Literal["float32", "bf16"]
     batch_size: int = Field(gt=0)
@@ -58,6 +61,7 @@ def describe(config: Config, model: HashingModel, dataset: PairedDataset) -> dic
         field_shapes={name: shape for name, shape in dataset.offers("train").items() if name in fields},
         clip=towers.shape if isinstance(towers, CLIP) else None,
         view="SQUASHED",
+        tokens=dataset.config.tokens,
         vocabulary=words.words.vocabulary if isinstance(words, WordColumn) else None,
         precision=config.run.precision,
         batch_size=config.evaluate.batch_size,

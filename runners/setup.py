@@ -13,11 +13,11 @@ from common.errors import UserError
 from common.places import CHECKPOINT
 from common.registry import DATASETS, MODELS
 from common.tensor_files import Tensors, require_finite, unwrapped
-from common.types import Backbone, DataInfo
+from common.types import Backbone, ClipShape, DataInfo
 from dataset.base import PairedDataset, Split
 from dataset.columns import CaptionColumn
 from dataset.loader import Loader, build_loader
-from dataset.texts.tokenizer import END_OF_TEXT
+from dataset.texts.tokenizer import SMALLEST, VOCABULARY
 from models.base import ClipModelConfig, HashingModel
 from models.clip.formats import shape_of
 from models.clip.towers import CLIP
@@ -94,6 +94,9 @@ def build_model(
     data = _data_info(cls, config, dataset, states, loaded)
     seed_torch(config.run.seed)  # here: finding the backbone may have trained one
     model = cls(config.model, data)
+    for towers in model.modules():
+        if isinstance(towers, CLIP) and data.backbone is None:
+            _check_sizes(towers.shape, "the CLIP of model:", dataset)
     if loaded is None or not loaded.is_ours:
         model.prepare(data)
     if loaded is not None:
@@ -124,7 +127,7 @@ def _data_info(
             backbone = Backbone(encoding_of(loaded).clip or shape_of(towers), None, "the checkpoint")
         else:
             backbone = Backbone(shape_of(towers), None, "the checkpoint")
-        _check_sizes(backbone, dataset, config)
+        _check_sizes(backbone.shape, f"the backbone {config.model.backbone}", dataset)
     return DataInfo(
         num_train=len(dataset.splits.train),
         field_shapes={name: shape for name, shape in dataset.offers("train").items() if name in fields},
@@ -135,24 +138,32 @@ def _data_info(
     )
 
 
-def _check_sizes(backbone: Backbone, dataset: PairedDataset, config: Config) -> None:
-    """The data must have the sizes that the towers were made for."""
-    offered, shape = dataset.offers("train"), backbone.shape
+def _check_sizes(shape: ClipShape, source: str, dataset: PairedDataset) -> None:
+    """The data must have the sizes that the towers were made for.
+
+    Args:
+        shape: Of the towers.
+        source: What they come from, for messages.
+        dataset: The data.
+    """
+    offered = dataset.offers("train")
     if "image" in offered and offered["image"][-1] != shape.image_size:
         raise UserError(
-            f"dataset.image_size is {offered['image'][-1]}, but the backbone {config.model.backbone} takes pictures of "
-            f"{shape.image_size} pixels; set dataset.image_size={shape.image_size}"
+            f"dataset.image_size is {offered['image'][-1]}, but {source} takes pictures of {shape.image_size} pixels; "
+            f"set dataset.image_size={shape.image_size}"
         )
     if "text" in offered and offered["text"][0] > shape.context_length:
         raise UserError(
-            f"dataset.text_length is {offered['text'][0]}, but the backbone {config.model.backbone} takes at most "
-            f"{shape.context_length} tokens; set dataset.text_length={shape.context_length}"
+            f"dataset.text_length is {offered['text'][0]}, but {source} takes at most {shape.context_length} tokens; "
+            f"set dataset.text_length={shape.context_length}"
         )
     ours = isinstance(dataset.columns["train"].get("text"), CaptionColumn)  # a data set may bring ids of its own
-    if ours and shape.vocabulary <= END_OF_TEXT:
+    if ours and shape.vocabulary != dataset.config.tokens:
+        known = SMALLEST <= shape.vocabulary <= VOCABULARY
+        remedy = f"set dataset.tokens={shape.vocabulary} if they are OpenAI's first" if known else "choose another"
         raise UserError(
-            f"{backbone.source} holds a CLIP with a vocabulary of {shape.vocabulary} tokens, but texts are made of "
-            f"OpenAI's {END_OF_TEXT + 1}; choose one with OpenAI's vocabulary"
+            f"dataset.tokens is {dataset.config.tokens}, but {source} has a vocabulary of {shape.vocabulary} tokens, "
+            f"OpenAI's of {VOCABULARY}; {remedy}"
         )
 
 

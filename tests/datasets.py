@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "stored_size": 24,
     "cache": None,
     "text_length": 12,
+    "tokens": 49408,
     "vocabulary": 5,
     "image_features": ["image_feature.npy", "image_feature.mat", "image_feature.h5"],
     "text_features": ["text_feature.npy", "text_feature.mat", "text_feature.h5"],

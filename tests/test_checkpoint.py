@@ -1,11 +1,9 @@
 """Checkpoints: whole or not at all, no code from files, damaged ones passed over."""
 
+import itertools
 import logging
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from common.checkpoint import FORMAT, Checkpoints, load, require_same, save
 from common.errors import UserError
 from common.tensor_files import unwrapped
+from tests.processes import Forked
 
 
 class Evil:
@@ -197,31 +196,27 @@ def test_every_differing_key_is_listed() -> None:
     assert "c.d" not in str(error.value)
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from common.checkpoint import Checkpoints
-kept = Checkpoints(Path(sys.argv[1]), keep=2)
-step = 0
-while True:
-    step += 1
-    kept.save(step, {"step": step}, {"w": torch.full((200_000,), float(step))}, {"main": {}})
-    print(step, flush=True)
-"""
+def write_checkpoints(folder: Path) -> None:
+    """Until killed; the file `written` has a byte for each that is there."""
+    kept = Checkpoints(folder / "checkpoints", keep=2)
+    with (folder / "written").open("ab", buffering=0) as written:
+        for step in itertools.count(1):
+            kept.save(step, {"step": step}, {"w": torch.full((200_000,), float(step))}, {"main": {}})
+            written.write(b".")
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_newest(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
+    folder, written = tmp_path / "checkpoints", tmp_path / "written"
     for delay in (0.0, 0.003, 0.007, 0.011, 0.018):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
-        )
-        assert process.stdout is not None
-        for _ in range(3):
-            last = int(process.stdout.readline())
+        written.write_bytes(b"")
+        process = Forked(write_checkpoints, tmp_path)
+        while written.stat().st_size < 3:
+            assert process.poll() is None
+            time.sleep(0.001)
+        last = written.stat().st_size
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         newest = Checkpoints(folder, keep=2).newest()
         assert newest is not None and newest.meta["step"] >= last
         assert torch.equal(newest.model["w"], torch.full((200_000,), float(newest.meta["step"])))

@@ -180,8 +180,8 @@ def test_permutation_is_one_and_changes_every_epoch():
 
 
 def test_captions_choose_by_draw():
-    captions = Captions([["one", "two", "three"], ["four"], []], 8)
-    expected = tokenize(["one", "two", "three", "four", ""], 8)
+    captions = Captions([["one", "two", "three"], ["four"], []], 8, 600)
+    expected = tokenize(["one", "two", "three", "four", ""], 8, 600)
     items = torch.tensor([0, 0, 0, 0, 1, 2])
     rows = captions.rows(items, torch.tensor([0.0, 0.34, 0.67, 0.999999, 0.9, 0.9], dtype=torch.float64))
     assert torch.equal(rows, expected[[0, 1, 2, 2, 3, 4]])

@@ -120,6 +120,11 @@ def test_accumulating_without_a_clip_to_train_is_refused(tiny_overrides: list[st
             Runner(config_of(method, tmp_path / method, [*tiny_overrides, "run.accumulate=2"])).setup()
 
 
+def test_texts_of_other_tokens_than_a_clip_to_train_are_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.tokens is 600, but the CLIP of model: has a vocabulary of 1024"):
+        Runner(config_of("CLIP", tmp_path, [*tiny_overrides, "dataset.tokens=600"])).setup()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on the CPU")
 def test_compiling_moves_the_loss_by_rounding(

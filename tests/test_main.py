@@ -214,6 +214,7 @@ def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
         (["dataset.root=/no/such/folder"], "/no/such/folder"),
         (["dataset.image_size=64"], "dataset.image_size"),
         (["dataset.text_length=64"], "dataset.text_length"),
+        (["dataset.tokens=600"], "set dataset.tokens=1024 if"),
         (["model.backbone=ViT-B/33"], "ViT-B/32"),
         (["model.backbone=/no/such/clip.pt"], "/no/such/clip.pt"),
         (["model.backbone=configs/MITH/config.yaml"], "needs a backbone itself"),

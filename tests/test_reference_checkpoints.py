@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.config import load_config
 from common.registry import MODELS
-from dataset.texts.tokenizer import END_OF_TEXT
+from dataset.texts.tokenizer import VOCABULARY
 from models.blocks.center_files import write_centers
 from models.blocks.hash_centers import HashCenters
 from models.clip.weights import write_clip
@@ -97,7 +97,12 @@ def save(arrays: dict[str, np.ndarray], path: Path, left_out: str | None = None,
 
 def settings(name: str, tiny_overrides: list[str], more: list[str]) -> tuple[Path, list[str]]:
     """Configuration file and entries that put a case's method on the tiny data, in the sizes of the case's CLIP."""
-    sizes = ["dataset.image_size=64", "dataset.text_length=32", "evaluate.caption=first"]
+    sizes = [
+        "dataset.image_size=64",
+        "dataset.text_length=32",
+        f"dataset.tokens={VOCABULARY}",
+        "evaluate.caption=first",
+    ]
     return ROOT / "configs" / MODELS.folder(name.split("-")[0]) / "coco.yaml", [*tiny_overrides, *sizes, *more]
 
 
@@ -123,7 +128,7 @@ def test_names_of_every_layout_become_ours(layout: str, tmp_path: Path) -> None:
 def test_codes_are_those_of_the_case(
     name: str, more: list[str], left_out: str | None, tmp_path: Path, tiny_overrides: list[str]
 ) -> None:
-    cfg, arrays = read(name, END_OF_TEXT + 1)
+    cfg, arrays = read(name, VOCABULARY)
     file, entries = settings(name, tiny_overrides, more)
     prefixes = (None, "clip.") if "unified" in name else (None,)
     for number, prefix in enumerate(prefixes):  # the unified library renamed its backbone
@@ -155,7 +160,7 @@ def assert_codes(
 
 def test_twdh_with_the_centres_of_its_authors(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """Its checkpoints hold no centres; those of as many classes as the data have come from a file."""
-    cfg, arrays = read(TWDH, END_OF_TEXT + 1)
+    cfg, arrays = read(TWDH, VOCABULARY)
     few, long = len(tiny_data.COLOURS), torch.from_numpy(arrays["in/long_center"])
     short, transforms = (
         {int(name.rpartition("/")[2]): torch.from_numpy(x) for name, x in arrays.items() if name.startswith(kind)}
@@ -174,7 +179,7 @@ def test_twdh_with_the_centres_of_its_authors(tmp_path: Path, tiny_overrides: li
 
 
 def test_vtph_of_two_parts_beside_a_clip(tmp_path: Path, tiny_overrides: list[str]) -> None:
-    cfg, arrays = read(VTPH, END_OF_TEXT + 1)
+    cfg, arrays = read(VTPH, VOCABULARY)
     parts: dict[str, dict[str, Tensor]] = {"clip": {}, "vtp": {}, "hash": {}}
     for key, array in arrays.items():
         if key.startswith("sd/"):
@@ -190,12 +195,12 @@ def test_vtph_of_two_parts_beside_a_clip(tmp_path: Path, tiny_overrides: list[st
     assert_codes(cfg, arrays, file, entries, tmp_path / "run/codes-model.npz")
 
 
-def test_a_token_table_too_short_for_the_texts_is_refused(tmp_path: Path, tiny_overrides: list[str]) -> None:
+def test_a_token_table_of_another_size_is_refused(tmp_path: Path, tiny_overrides: list[str]) -> None:
     name = CASES[0][0]
     path = save(read(name, 600)[1], tmp_path / "model.pth")
     file, entries = settings(name, tiny_overrides, [])
     line = refused("--config-file", file, "--save-dir", tmp_path / "run", *entries, "--evaluate", path)
-    assert "600" in line and "49408" in line
+    assert "dataset.tokens is 49408" in line and "set dataset.tokens=600 if" in line
 
 
 WRAPPED = {
@@ -216,7 +221,7 @@ WRAPPED = {
 @pytest.mark.parametrize("form", WRAPPED)
 def test_wrapped_as_people_save_them(form: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
     name = "DSPH-unified-b16B13C80s1501"
-    _, arrays = read(name, END_OF_TEXT + 1)
+    _, arrays = read(name, VOCABULARY)
     path = save(arrays, tmp_path / "plain.pt")
     torch.save(WRAPPED[form](torch.load(path, weights_only=True)), tmp_path / "wrapped.pt")
     config, overrides = settings(name, tiny_overrides, ["model.bits=16"])
@@ -234,7 +239,7 @@ def test_wrapped_as_people_save_them(form: str, tmp_path: Path, tiny_overrides: 
 
 def test_two_models_in_one_file_are_not_guessed_between(tmp_path: Path, tiny_overrides: list[str]) -> None:
     name = "DSPH-unified-b16B13C80s1501"
-    state = torch.load(save(read(name, END_OF_TEXT + 1)[1], tmp_path / "plain.pt"), weights_only=True)
+    state = torch.load(save(read(name, VOCABULARY)[1], tmp_path / "plain.pt"), weights_only=True)
     torch.save({"model": state, "net": {key: value + 1 for key, value in state.items()}}, tmp_path / "two.pt")
     config, overrides = settings(name, tiny_overrides, ["model.bits=16"])
     line = refused("--config-file", config, "--evaluate", tmp_path / "two.pt", *overrides)

@@ -165,7 +165,7 @@ def assert_same_codes(npz: Path, mat: Path, bits: int) -> None:
 def test_clip_trains_and_another_run_uses_it(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """A backbone named by its config is trained once, cached, and used by both runs."""
     small = [f"model.{key}" for key in ("bits=64", "embed_dim=64", "image_size=32", "patch_size=16", "vision_width=64",
-             "vision_layers=1", "text_width=64", "text_layers=1", "context_length=16")]  # fmt: skip
+             "vision_layers=1", "text_width=64", "text_layers=1", "context_length=16", "vocabulary=1024")]  # fmt: skip
     own = [entry for entry in tiny_overrides if not entry.startswith(("model.", "run.cache_dir"))]
     recipe = tmp_path / "clip.yaml"
     write_recipe(recipe, [*own, "dataset.type=mat", *small])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.texts.tokenizer import END_OF_TEXT, START_OF_TEXT, tokenize
+from dataset.texts.tokenizer import SMALLEST, VOCABULARY, tokenize
 
+START_OF_TEXT, END_OF_TEXT = VOCABULARY - 2, VOCABULARY - 1
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
 
 
@@ -71,3 +72,21 @@ def test_nothing_gives_no_rows_and_short_length_is_refused():
     assert tokenize([], 32).shape == (0, 32)
     with pytest.raises(ValueError, match="length is 1"):
         tokenize(["a"], 1)
+    for vocabulary in (SMALLEST - 1, VOCABULARY + 1):
+        with pytest.raises(ValueError, match=f"vocabulary is {vocabulary}"):
+            tokenize(["a"], 32, vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "the"),
+    [
+        (SMALLEST, [83, 71, 256 + 68]),  # t, h, and e at the end of a word: bytes alone
+        (SMALLEST + 2, [513, 256 + 68]),  # `i n` and `t h` are the first two merges
+        (SMALLEST + 100, [518]),  # `the</w>`
+    ],
+)
+def test_a_smaller_vocabulary_has_the_first_merges(vocabulary, the):
+    """A worked word; the table begins with `i n`, `t h`, `a n`, `r e`, `a r`, `e r`, `th e</w>`."""
+    ids = tokenize(["the"], 8, vocabulary)[0].tolist()
+    assert ids == [vocabulary - 2, *the, vocabulary - 1] + [0] * (8 - 2 - len(the))
+    assert int(tokenize([case["text"] for case in GOLDEN], 2000, vocabulary).max()) == vocabulary - 1

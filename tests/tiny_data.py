@@ -20,7 +20,7 @@ SHAPE = ClipShape(
     text_width=64,
     text_layers=1,
     context_length=16,
-    vocabulary=49408,
+    vocabulary=1024,
 )
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 PAIRS, QUERY, TRAIN = 56, 8, 37  # with batches of 8 the last one is partial
@@ -65,6 +65,7 @@ def overrides(root: Path, backbone: Path, cache: Path) -> list[str]:
         f"dataset.root={root}",
         "dataset.image_size=32",
         "dataset.text_length=16",
+        f"dataset.tokens={SHAPE.vocabulary}",
         "dataset.vocabulary=7",
         f"dataset.split.query={QUERY}",
         f"dataset.split.train={TRAIN}",

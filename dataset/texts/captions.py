@@ -19,11 +19,13 @@ class Captions:
     Args:
         texts: Captions of every item; an item without any has one empty caption.
         length: Tokens L of a row.
+        vocabulary: Number of different tokens, as of `tokenize`.
     """
 
-    def __init__(self, texts: Sequence[Sequence[str]], length: int) -> None:
+    def __init__(self, texts: Sequence[Sequence[str]], length: int, vocabulary: int) -> None:
         self.texts = [captions or ("",) for captions in texts]
         self.length = length
+        self.vocabulary = vocabulary
 
     @cached_property
     def first(self) -> Tensor:
@@ -39,7 +41,7 @@ class Captions:
         with progress(total=len(flat), desc="tokens", unit="text", leave=False) as bar:
             for start in range(0, len(flat), _PART):
                 part = flat[start : start + _PART]
-                tokens[start : start + len(part)] = tokenize(part, self.length)
+                tokens[start : start + len(part)] = tokenize(part, self.length, self.vocabulary)
                 bar.update(len(part))
         return tokens
 

@@ -17,11 +17,10 @@ import regex
 import torch
 from torch import Tensor
 
-START_OF_TEXT = 49406
-END_OF_TEXT = 49407  # the largest id, so that a row's first maximum is its end
+VOCABULARY = 49408  # CLIP's tokens
+SMALLEST = 2 * 256 + 2  # every byte inside and at the end of a word, start and end of a text: no merges
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _MERGES = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-_MERGE_COUNT = 49152 - 256 - 2  # the table lists more; CLIP's vocabulary ends here
 _PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
@@ -29,7 +28,7 @@ _PIECES = regex.compile(
 _PLAIN = re.compile(r"[ \t\n!-%'-~]*")
 
 
-def tokenize(texts: Sequence[str], length: int) -> Tensor:
+def tokenize(texts: Sequence[str], length: int, vocabulary: int = VOCABULARY) -> Tensor:
     """Token ids of texts, as CLIP makes them.
 
     A row is start, word pieces, end, zeros; pieces that do not fit are cut so that the end is always there. Id 0 is
@@ -38,59 +37,64 @@ def tokenize(texts: Sequence[str], length: int) -> Tensor:
     Args:
         texts: The texts.
         length: Tokens L of a row, at least 2.
+        vocabulary: Number of tokens, 514 to 49408. Fewer than CLIP's are those of the table's first merges, with
+            the same ids; start and end are always the last two, so that a row's first maximum is its end.
 
     Returns:
         Ids, [N, L] int64.
 
     Raises:
-        ValueError: If `length` is below 2.
+        ValueError: If `length` is below 2, or there is no vocabulary of that size.
 
     Source:
         CLIP (Radford et al., 2021), simple tokenizer; the cut and the padding are those of DCMHT and MITH.
     """
     if length < 2:
         raise ValueError(f"length is {length}; start and end alone take 2")
-    bodies = [_encode(text, length - 2) for text in texts]
+    if not SMALLEST <= vocabulary <= VOCABULARY:
+        raise ValueError(f"vocabulary is {vocabulary}; it has {SMALLEST} to {VOCABULARY} tokens")
+    bodies = [_encode(text, length - 2, vocabulary) for text in texts]
     sizes = np.fromiter(map(len, bodies), np.int64, len(bodies))
     ids = np.zeros((len(bodies), length), np.int64)
     places = np.arange(length)
-    ids[:, 0] = START_OF_TEXT
+    ids[:, 0] = vocabulary - 2
     ids[(places > 0) & (places <= sizes[:, None])] = np.fromiter(chain.from_iterable(bodies), np.int64, sizes.sum())
-    ids[np.arange(len(bodies)), sizes + 1] = END_OF_TEXT
+    ids[np.arange(len(bodies)), sizes + 1] = vocabulary - 1
     return torch.from_numpy(ids)
 
 
-def _encode(text: str, room: int) -> list[int]:
+def _encode(text: str, room: int, vocabulary: int) -> list[int]:
     """Ids of a text's first `room` pieces."""
     if _PLAIN.fullmatch(text):
         words = text.lower().split()
     else:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         words = regex.sub(r"\s+", " ", text).strip().lower().split(" ")
-    return list(islice(chain.from_iterable(map(_word_ids, words)), room))
+    return list(islice(chain.from_iterable(_word_ids(word, vocabulary) for word in words), room))
 
 
 @lru_cache(maxsize=2**18)
-def _word_ids(word: str) -> tuple[int, ...]:
+def _word_ids(word: str, vocabulary: int) -> tuple[int, ...]:
     """Ids of a lower-case run of characters without blanks; a piece never reaches over a blank."""
-    vocabulary, _, letters = _table()
+    numbers, _, letters = _table()
     ids: list[int] = []
     for piece in _PIECES.findall(word):
         if piece in _SPECIAL:
-            ids.append(vocabulary[piece])
+            ids.append(vocabulary - len(_SPECIAL) + _SPECIAL.index(piece))
         else:
-            ids.extend(vocabulary[symbol] for symbol in _merge([letters[byte] for byte in piece.encode()]))
+            merged = _merge([letters[byte] for byte in piece.encode()], vocabulary - SMALLEST)
+            ids.extend(numbers[symbol] for symbol in merged)
     return tuple(ids)
 
 
-def _merge(symbols: list[str]) -> list[str]:
-    """Joins neighbours, the pair that comes first in the table first, until no pair of the table is left."""
+def _merge(symbols: list[str], merges: int) -> list[str]:
+    """Joins neighbours, what comes first in the table first, until none of its first `merges` pairs is left."""
     _, ranks, _ = _table()
     symbols = [*symbols[:-1], symbols[-1] + "</w>"]
     while len(symbols) > 1:
         pairs = list(zip(symbols, symbols[1:], strict=False))
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:
+        if ranks.get(best, merges) >= merges:
             break
         joined: list[str] = []
         place = 0
@@ -108,11 +112,10 @@ def _table() -> tuple[dict[str, int], dict[tuple[str, str], int], list[str]]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    lines = gzip.decompress(_MERGES.read_bytes()).decode().split("\n")[1 : _MERGE_COUNT + 1]  # after a header line
+    lines = gzip.decompress(_MERGES.read_bytes()).decode().split("\n")[1 : VOCABULARY - SMALLEST + 1]  # after a header
     pairs = [(first, second) for first, second in (line.split() for line in lines)]
     alphabet = [letters[byte] for byte in (*printable, *others)]
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in pairs)]
-    symbols += _SPECIAL
     return (
         {symbol: number for number, symbol in enumerate(symbols)},
         {pair: rank for rank, pair in enumerate(pairs)},
