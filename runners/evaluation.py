@@ -1,8 +1,7 @@
 """From a model and two splits to codes, and from codes to retrieval numbers."""
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,16 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load
+from common.code_statistics import code_report, squared_gaps
 from common.config import Config, EvaluateConfig
 from common.metrics import mean_over_queries, retrieval_values
 from common.pair_metrics import pair_report, partner_values
 from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel
+from models.blocks.heads import watch_relaxed
 from runners.results import results_table, summarise
-from runners.selection import Reports, require_measurable
+from runners.selection import BITS, Reports, require_measurable
 from runners.setup import autocast, build_model, encoded_splits, make_loader, open_dataset
 from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json
@@ -26,7 +27,6 @@ from utils.launch import pick_device
 from utils.output import say
 from utils.progress import progress
 
-logger = logging.getLogger(__name__)
 DIRECTIONS = {"i2t": ("image", "text"), "t2i": ("text", "image"), "i2i": ("image", "image"), "t2t": ("text", "text")}
 
 
@@ -38,15 +38,19 @@ class SplitCodes:
         image: Codes of the pictures, [N, K] or, n an item, [N, n, K]; int8 in {-1, +1}.
         text: Codes of the texts, of the same shape.
         labels: Multi-hot labels, [N, C] bool.
+        gaps: By modality, the mean over the whole split of (u - sign u)^2 of every bit of what was binarised, [K];
+            [0] where the method binarises otherwise, and none where nobody asked.
     """
 
     image: Tensor
     text: Tensor
     labels: Tensor
+    gaps: dict[str, Tensor] = field(default_factory=dict)
 
     def columns(self, start: int, stop: int) -> "SplitCodes":
         """The same rows with the bits `start` to `stop` of every code."""
-        return SplitCodes(self.image[..., start:stop], self.text[..., start:stop], self.labels)
+        gaps = {name: values[start:stop] for name, values in self.gaps.items()}
+        return SplitCodes(self.image[..., start:stop], self.text[..., start:stop], self.labels, gaps)
 
     def rows(self, places: Tensor) -> "SplitCodes":
         """Some of the rows, by their places in the split, [n] int64."""
@@ -60,10 +64,12 @@ class Evaluation:
     Attributes:
         codes: Codes of the splits that asked, and of the database.
         reports: Of every split that asked: retrieval numbers by code length, see `evaluate_codes`.
+        bits: What the database's codes are like, by code length, see `describe_codes`.
     """
 
     codes: dict[Split, SplitCodes]
     reports: dict[Split, Reports]
+    bits: Reports
 
 
 @torch.no_grad()
@@ -87,25 +93,32 @@ def encode_split(
     """
     was_training = model.training
     model.eval()
-    index, image, text = [], [], []
+    index: list[Tensor] = []
+    codes: dict[str, list[Tensor]] = {"image": [], "text": []}
+    gaps: dict[str, list[Tensor]] = {"image": [], "text": []}
+    encoders = {"image": (model.encode_image, model.image_fields), "text": (model.encode_text, model.text_fields)}
     batches = -(-len(loader.own_rows) // loader.batch_size)
     for batch in progress(loader.once(), total=batches, desc="encode", unit="batch", leave=False):
         check()
         with autocast(precision, batch["index"].device):
             index.append(batch["index"])
-            image.append(model.encode_image(batch.only(model.image_fields)).to(torch.int8))
-            text.append(model.encode_text(batch.only(model.text_fields)).to(torch.int8))
+            for side, (encode, fields) in encoders.items():
+                with watch_relaxed() as relaxed:
+                    signs = encode(batch.only(fields))
+                codes[side].append(signs.to(torch.int8))
+                gaps[side].append(squared_gaps(relaxed, signs))
     model.train(was_training)
     order = gather_rows(torch.cat(index)).cpu()
     if not torch.equal(order.sort().values, torch.arange(len(labels))):
         raise RuntimeError(f"{len(order)} rows were encoded for a split of {len(labels)}; each must come once")
-    codes = []
-    for parts in (image, text):
+    whole, mean_gaps = {}, {}
+    for side, parts in codes.items():
         rows = gather_rows(torch.cat(parts)).cpu()
         if not bool((rows.abs() == 1).all()):
             raise RuntimeError(f"{type(model).__name__} returned codes other than -1 and +1")
-        codes.append(torch.empty_like(rows).index_copy_(0, order, rows))
-    return SplitCodes(codes[0], codes[1], labels)
+        whole[side] = torch.empty_like(rows).index_copy_(0, order, rows)
+        mean_gaps[side] = gather_rows(torch.stack(gaps[side]).sum(0, keepdim=True)).sum(0).cpu() / len(labels)
+    return SplitCodes(whole["image"], whole["text"], labels, mean_gaps)
 
 
 def evaluate_codes(
@@ -151,6 +164,29 @@ def evaluate_codes(
     return reports
 
 
+def describe_codes(codes: SplitCodes, lengths: tuple[int, ...], device: torch.device) -> Reports:
+    """What the codes of both modalities are like: `{"16": {"image/constant bits": 0.0, ...}}`, see `code_report`.
+
+    Args:
+        codes: Codes of a split.
+        lengths: Lengths of the codes that stand side by side in the columns.
+        device: Where to compute.
+    """
+    found: Reports = {}
+    start = 0
+    for bits in lengths:
+        part = codes.columns(start, start + bits)
+        start += bits
+        reports = {
+            side: code_report(getattr(part, side).to(device), part.gaps[side] if side in part.gaps else torch.zeros(0))
+            for side in ("image", "text")
+        }
+        found[str(bits)] = {
+            f"{side}/{name}": value for side, report in reports.items() for name, value in report.items()
+        }
+    return found
+
+
 class Evaluator:
     """Encodes the splits that ask and the database, and computes the numbers of `evaluate_codes`, as often as asked.
 
@@ -188,19 +224,12 @@ class Evaluator:
             for split in (*asking, "database")
         }
         database = codes["database"]
-        for name, side in (("image", database.image), ("text", database.text)):
-            constant = int((side == side[:1]).all(dim=0).sum())
-            if constant:
-                logger.warning(
-                    "%d of %d bits of the %s codes have one sign for all %d items, so they tell nothing apart",
-                    *(constant, side[0].numel(), name, len(side)),
-                )
         reports: dict[Split, Reports] = {}
         for split in asking:
             searched = database.rows(self.splits.searched_by(split))
             lengths = self.model.code_lengths
             reports[split] = evaluate_codes(codes[split], searched, lengths, self.config.evaluate, self.device)
-        return Evaluation(codes, reports)
+        return Evaluation(codes, reports, describe_codes(database, self.model.code_lengths, self.device))
 
     def evaluate_saved(self, path: Path, check: Callable[[], None]) -> Evaluation:
         """Evaluates the weights of a checkpoint of the model's own, which keeps its present ones.
@@ -240,7 +269,7 @@ def evaluate_file(config: Config, path: Path) -> None:
             *save_codes(folder, f"codes-{path.stem}", found, model.code_lengths),
             folder / f"evaluation-{path.stem}.json",
         ]
-        entry = {"epoch": loaded.meta.get("epoch", 0), "reports": found.reports["query"]}
+        entry = {"epoch": loaded.meta.get("epoch", 0), "reports": found.reports["query"], BITS: found.bits}
         results = summarise(config, model, dataset, [entry], entry)
         write_json(files[-1], results)
         say(results_table(results))

@@ -8,12 +8,17 @@ from common.metrics import random_map
 from common.pair_metrics import random_pairs
 from dataset.base import PairedDataset
 from models.base import HashingModel
-from runners.selection import HOW, KEYS, Entry, Reports, choices, headline
+from runners.selection import BITS, HOW, KEYS, Entry, Reports, choices, headline, scores
 from utils.output import table
 
 
 def summarise(
-    config: Config, model: HashingModel, dataset: PairedDataset, history: list[Entry], best: Entry
+    config: Config,
+    model: HashingModel,
+    dataset: PairedDataset,
+    history: list[Entry],
+    best: Entry,
+    untrained: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Everything that `results.json` holds.
 
@@ -23,6 +28,7 @@ def summarise(
         dataset: The data set, for the numbers of random codes on the same labels.
         history: All evaluations of the run.
         best: The one that is reported, with numbers of the query split.
+        untrained: What was measured before the first step, see `diagnostics.report_untrained`.
 
     Returns:
         A dict of JSON values.
@@ -52,6 +58,8 @@ def summarise(
         "selection": _selection(config, dataset) if len(history) > 1 else "the only evaluation",
         "best": best,
         "last": history[-1],
+        "untrained": dict(untrained or {}),
+        "history": [_epoch(entry) for entry in history],
         "choices": {
             select: {"epoch": entry["epoch"], **headline(entry[KEYS["query"]])}
             for select, entry in choices(history).items()
@@ -70,6 +78,12 @@ def summarise(
         },
         "marks": [*_several_codes(model), *model.marks, *dataset.marks(model.image_fields | model.text_fields)],
     }
+
+
+def _epoch(entry: Entry) -> dict[str, Any]:
+    """The headlines of an evaluation, and what the codes of the first length were like."""
+    reports = {split: entry[key] for split, key in KEYS.items() if key in entry}
+    return {"epoch": entry["epoch"], **scores(reports), BITS: next(iter(entry[BITS].values())) if BITS in entry else {}}
 
 
 def _shape(model: HashingModel, bits: str) -> tuple[int, ...]:

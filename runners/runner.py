@@ -18,11 +18,11 @@ from common.optim import build_optimizers
 from common.registry import RUNNERS
 from common.types import Progress, StepOutput
 from models.base import HashingModel
-from runners import encoding
+from runners import diagnostics, encoding
 from runners.evaluation import Evaluator, save_codes
 from runners.results import results_table, summarise
 from runners.resuming import check_resumable, claim_folder, newest_checkpoint
-from runners.selection import KEYS, out_of_patience, reported, scores, watched_splits
+from runners.selection import BITS, KEYS, out_of_patience, reported, watched_splits
 from runners.setup import (
     autocast,
     build_model,
@@ -51,10 +51,12 @@ class RunState:
     Attributes:
         step: Optimizer steps taken.
         history: One entry an evaluation: `{"epoch": 3, "reports": {"16": {"i2t/mAP@all": 0.5, ...}}}`, see `selection`.
+        untrained: Numbers before the first step, see `diagnostics.report_untrained`.
     """
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    untrained: dict[str, float] = field(default_factory=dict)
 
 
 @RUNNERS.register("Runner")
@@ -125,6 +127,10 @@ class Runner:
                 total=self.steps, initial=self.state.step, desc=self.config.model.name, unit="step"
             ) as self.bar:
                 try:
+                    if self.state.step == 0:
+                        self.state.untrained = diagnostics.report_untrained(
+                            self.evaluator, self.watched[0], self.record, self._stop_between_batches
+                        )
                     while True:
                         if self._evaluation_is_due():
                             self.evaluate_epoch()
@@ -156,17 +162,15 @@ class Runner:
         """Evaluates the present weights; keeps them and their codes if they are the best so far."""
         found = self.evaluator.evaluate(self._stop_between_batches, self.watched)
         epoch = self.state.step // len(self.train_loader)
-        self.state.history.append({"epoch": epoch, **{KEYS[split]: found.reports[split] for split in self.watched}})
+        reports = {KEYS[split]: found.reports[split] for split in self.watched}
+        self.state.history.append({"epoch": epoch, **reports, BITS: found.bits})
         best = reported(self.state.history, self.config) is self.state.history[-1]
         if self.record is not None:  # the first process
             if best:
                 checkpoint.save(self.folder / "best.pt", self._meta(epoch=epoch), self.model.state_dict())
                 if "query" in self.watched:
                     save_codes(self.folder, "codes-best", found, self.model.code_lengths)
-            seen = scores(found.reports)
-            self.record.write("evaluation", self.state.step, {"epoch": epoch, **seen})
-            numbers = "  ".join(f"{name} {value:.4f}" for name, value in seen.items())
-            logger.info("epoch %d/%d  %s%s", epoch, self.config.run.epochs, numbers, "  (best so far)" if best else "")
+        diagnostics.report(self.state.step, self.state.history, found, self.evaluator, self.record, best)
         barrier()
 
     def _wrap(self, model: HashingModel) -> torch.nn.Module:
@@ -236,7 +240,7 @@ class Runner:
             self.record.close()
             if found is not None:
                 save_codes(self.folder, "codes-best", found, self.model.code_lengths)
-            results = summarise(self.config, self.model, self.dataset, self.state.history, best)
+            results = summarise(self.config, self.model, self.dataset, self.state.history, best, self.state.untrained)
             write_json(self.folder / "results.json", results)
             say(results_table(results))
             files = ("results.json", "best.pt", "codes-best.npz", "codes-best.mat", "log.jsonl", "config.yaml")

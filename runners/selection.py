@@ -1,7 +1,8 @@
 """Which epoch of a run is reported, and when a run has waited long enough for a better one.
 
-A history has one entry an evaluation: `{"epoch": 3, "reports": {...}, "validation": {...}}`, with the numbers of the
-query split and of the validation split by code length, as far as they were encoded.
+A history has one entry an evaluation: `{"epoch": 3, "reports": {...}, "validation": {...}, "codes": {...}}`, with the
+numbers of the query split and of the validation split by code length, as far as they were encoded, and with what the
+database's codes are like.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from dataset.base import PairedDataset, Split
 Reports = dict[str, dict[str, float]]
 Entry = dict[str, Any]
 KEYS: dict[Split, str] = {"query": "reports", "validation": "validation"}  # of an entry, by split
+BITS = "codes"  # of an entry: what the database's codes are like, by code length
 HOW = {
     "query": "largest i2t + t2i on the query split (the field's habit, which flatters: it saw the answers)",
     "validation": "largest i2t + t2i on {validation} validation pairs, which are neither trained on nor queries",

@@ -385,6 +385,11 @@ def test_openmoji_ranks_as_the_evaluation(tmp_path: Path, tiny_overrides: list[s
     reports = json.loads((tmp_path / "run/results.json").read_text())["best"]["reports"]
     with np.load(tmp_path / "run/codes-best.npz", allow_pickle=False) as codes:
         splits = [
-            SplitCodes(*(torch.from_numpy(codes[f"{side}_{name}"]) for name in ("img", "txt", "l"))) for side in "qr"
+            SplitCodes(
+                torch.from_numpy(codes[f"{side}_img"]),
+                torch.from_numpy(codes[f"{side}_txt"]),
+                torch.from_numpy(codes[f"{side}_l"]),
+            )
+            for side in "qr"
         ]
     assert_same_ranking(tmp_path / "run/best.pt", tmp_path / "index", splits[0], splits[1], reports)

@@ -142,7 +142,12 @@ def test_queries_are_encoded_once_and_resume_is_exact(tmp_path: Path, tiny_overr
     assert f"on {VALIDATION} validation pairs" in out and "validation i2t/mAP@all" in err
     known = ["validation", *(["last"] if results["best"]["epoch"] == 3 else [])]  # the queries met one set of weights
     assert results["select"] == "validation" and list(results["choices"]) == known
-    assert [set(entry) for entry in (results["best"], results["last"])][0] == {"epoch", "reports", "validation"}
+    assert [set(entry) for entry in (results["best"], results["last"])][0] == {
+        "epoch",
+        "reports",
+        "validation",
+        "codes",
+    }
 
     code, _, err = run("--evaluate", whole / "best.pt", "--save-dir", tmp_path / "again")
     assert code == 0, err

@@ -1,12 +1,30 @@
 """Hash heads, and the ways to binarise, that two or more methods use."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+_watchers: list[list[Tensor]] = []
+
+
+@contextmanager
+def watch_relaxed() -> Iterator[list[Tensor]]:
+    """Within the block, the relaxed codes of which codes are made by sign go into the list that it yields.
+
+    Each is [B, K] (or [B, n, K]), in the order of the calls; those of softmax pairs are p(+1) - p(-1), in [-1, 1].
+    """
+    seen: list[Tensor] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.pop()
 
 
 def sign_codes(relaxed: Tensor) -> Tensor:
@@ -18,6 +36,8 @@ def sign_codes(relaxed: Tensor) -> Tensor:
     Returns:
         Codes in {-1, +1}, [B, K] float32.
     """
+    for seen in _watchers:
+        seen.append(relaxed)
     return (relaxed >= 0).float() * 2 - 1
 
 
@@ -45,6 +65,8 @@ def pair_codes(pairs: Tensor) -> Tensor:
         Codes in {-1, +1}, [B, K] float32.
     """
     minus, plus = rearrange(pairs, "B (K two) -> two B K", two=2)
+    for seen in _watchers:
+        seen.append(plus - minus)
     return (plus > minus).float() * 2 - 1
 
 
