@@ -52,6 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="search an index by texts and pictures")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="hits of --search as JSON, a line for each question")
     parser.add_argument("--serve", type=Path, metavar="INDEX", help="a page and a JSON service on 127.0.0.1")
+    parser.add_argument("--export", type=Path, metavar="CHECKPOINT", help="image.onnx and text.onnx, into --save-dir")
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
                         help="Python file that registers a method, runner or data set of your own")  # fmt: skip
     parser.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")

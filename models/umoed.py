@@ -339,8 +339,8 @@ def pattern_codes(logits: Tensor) -> Tensor:
     Returns:
         Codes in {-1, +1}, [B, M g] float32.
     """
-    shifts = torch.arange(int(math.log2(logits.shape[-1])) - 1, -1, -1, device=logits.device)
-    bits = (logits.argmax(-1, keepdim=True) >> shifts) & 1  # [B, M, g]
+    places = 2 ** torch.arange(int(math.log2(logits.shape[-1])) - 1, -1, -1, device=logits.device)
+    bits = logits.argmax(-1, keepdim=True) // places % 2  # [B, M, g]; ONNX's exporter knows no shift
     return bits.flatten(1).float() * 2 - 1
 
 

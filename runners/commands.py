@@ -105,6 +105,11 @@ def _do(options: argparse.Namespace) -> int:
 
         commands.execute(options)
         return 0
+    if options.export is not None:
+        from runners.exporting import export_command
+
+        export_command(options.export, options.save_dir, options.input or [], options.overrides)
+        return 0
     sweep = None
     if options.config_file is not None and has_section(options.config_file, "sweep"):
         from runners.sweep import Sweep

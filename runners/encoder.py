@@ -69,6 +69,7 @@ class Encoder:
         name: What the user calls this model.
         batch_size: Rows computed at a time; at first the evaluation's.
         fields: Batch fields that codes of pictures and of texts are made from.
+        columns: Where codes of `bits` stand in what the model returns.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Encoder:
         self.bits = bits
         lengths = list(model.code_lengths)
         start = sum(lengths[: lengths.index(bits)])
-        self._columns = slice(start, start + bits)
+        self.columns = slice(start, start + bits)
         self._number = {word: place for place, word in enumerate(encoding.vocabulary or ())}
         self.fields: dict[Kind, frozenset[str]] = {"image": model.image_fields, "text": model.text_fields}
 
@@ -181,7 +182,7 @@ class Encoder:
         waiting: list[dict[str, Tensor] | UserError] = []
         good = 0
         chosen = ({field: item[name] for name, field in self.reads(kind, item).items()} for item in items)
-        for rows in in_threads(self._read, chosen, ahead=_AHEAD * size):
+        for rows in in_threads(self.row, chosen, ahead=_AHEAD * size):
             waiting.append(rows)
             good += not isinstance(rows, UserError)
             if good == size:
@@ -228,14 +229,35 @@ class Encoder:
                 )
         return found
 
-    def _read(self, item: Item) -> dict[str, Tensor] | UserError:
-        """The fields of one row: pictures [3, R, R] uint8, token ids [L] int64, numbers [W] float32."""
+    def row(self, item: Item) -> dict[str, Tensor] | UserError:
+        """What an item has, by batch field, as tensors: pictures [3, R, R] uint8, ids [L] int64, numbers [W] float32.
+
+        Returns:
+            They, or why the item cannot be read.
+        """
         try:
-            return {field: self._row(field, value) for field, value in item.items()}
+            return {field: self._value(field, value) for field, value in item.items()}
         except UserError as error:
             return error
 
-    def _row(self, field: str, value: Any) -> Tensor:
+    def batch(self, rows: Sequence[dict[str, Tensor]]) -> Batch:
+        """Rows of `row`, one or more, as the model takes them: on its device, pictures normalised."""
+        fields = {"index": torch.arange(len(rows), device=self.device)}
+        for field in rows[0]:
+            values = torch.stack([row[field] for row in rows]).to(self.device)
+            fields[field] = normalise(values) if field in PICTURES else values
+        return Batch(fields)
+
+    @torch.no_grad()
+    def encode(self, kind: Kind, batch: Batch) -> npt.NDArray[np.int8]:
+        """Codes of a batch, [B, K] or [B, n, K] int8 in {-1, +1}."""
+        encode = self.model.encode_image if kind == "image" else self.model.encode_text
+        with autocast(self.encoding.precision, self.device):
+            made = encode(batch).to(torch.int8)[..., self.columns]
+        codes: npt.NDArray[np.int8] = made.cpu().numpy()
+        return codes
+
+    def _value(self, field: str, value: Any) -> Tensor:
         shape = self.encoding.field_shapes[field]
         if field in PICTURES:
             return view_pixels(read_picture(value), View[self.encoding.view], shape[-1], None)
@@ -248,22 +270,12 @@ class Encoder:
             raise UserError(f"{self.name}: a row of {field} has the shape {list(shape)}, not {list(row.shape)}")
         return row
 
-    @torch.no_grad()
     def _encode(
         self, kind: Kind, rows: Sequence[dict[str, Tensor] | UserError]
     ) -> Iterator[npt.NDArray[np.int8] | UserError]:
         """Codes of rows in one batch, errors passed on in their places."""
         good = [row for row in rows if not isinstance(row, UserError)]
-        codes: Iterator[npt.NDArray[np.int8]] = iter(())
-        if good:
-            fields = {"index": torch.arange(len(good), device=self.device)}
-            for field in good[0]:
-                values = torch.stack([row[field] for row in good]).to(self.device)
-                fields[field] = normalise(values) if field in PICTURES else values
-            encode = self.model.encode_image if kind == "image" else self.model.encode_text
-            with autocast(self.encoding.precision, self.device):
-                made = encode(Batch(fields)).to(torch.int8)[..., self._columns]
-            codes = iter(made.cpu().numpy())
+        codes = iter(self.encode(kind, self.batch(good)) if good else ())
         for row in rows:
             yield row if isinstance(row, UserError) else next(codes)
 

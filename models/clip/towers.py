@@ -288,9 +288,9 @@ class CLIP(nn.Module):
 
     def _by_parts(self, tower: Callable[..., Tensor], rows: Tensor, mask: Tensor | None = None) -> Tensor:
         """`tower(rows, mask)` of rows [B, ...] and a mask of the same rows, computed in `parts` parts; [B, ...]."""
-        size = -(-len(rows) // self.parts)
-        if size == len(rows) or not torch.is_grad_enabled():  # no rows are one part, too
+        if self.parts == 1 or not torch.is_grad_enabled() or len(rows) < 2:  # an export knows no number of rows
             return tower(rows, mask)
+        size = -(-len(rows) // self.parts)
         parts = torch.split(rows, size)
         masks = [None] * len(parts) if mask is None else torch.split(mask, size)
         features = [
