@@ -39,13 +39,15 @@ from common.types import Backbone, Batch, ClipShape, DataInfo, Progress
 from dataset.mat import MatDataset
 from models.base import HashingModel
 from models.clip.towers import CLIP, Attention, ResidualBlock
-from runners.setup import autocast, make_loader
+from runners.setup import autocast, make_loader, spare_memory
 from runners.steps import updates
 from utils.output import say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOWERS = {
     "ViT-B/32": ClipShape(512, 224, 32, 768, 12, 512, 12, 77, 49408),
+    "ViT-B/16": ClipShape(512, 224, 16, 768, 12, 512, 12, 77, 49408),
+    "ViT-L/14": ClipShape(768, 224, 14, 1024, 24, 768, 12, 77, 49408),
     "small": ClipShape(128, 224, 32, 128, 3, 128, 3, 77, 49408),
 }
 
@@ -258,19 +260,23 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     config = settings()
     data: MatDataset = DATASETS.get(config.dataset.type)(config.dataset)
     ways["published way"] = published_way(config, data, build(config, data, shape, PublishedCLIP, device), args.workers)
-    precisions = [("float32", "float32", False), ("bf16", "bf16", False)]
+    names = ["float32", "bf16"]
     if args.compile:
-        precisions.append(("bf16, compiled", "bf16", True))
-    for name, precision, compiled in precisions:
+        names.append("bf16, compiled")
+    if args.recompute:
+        names += ["float32, recompute", "bf16, recompute"]
+    for name in names:
         for kind, *overrides in (
             ("memory", "run.loader=memory"),
             ("workers, cache", f"dataset.cache={folder / 'cache'}"),
         ):
-            config = settings(*overrides)
+            config = settings(*overrides, f"run.recompute={str('recompute' in name).lower()}")
             data = DATASETS.get(config.dataset.type)(config.dataset)
             model = build(config, data, shape, CLIP, device)
+            spare_memory(model, config.run)
             batches = endless(config, data, model.fields, device)
-            ways[f"{name}; {kind}"] = our_way(config, data, model, batches, precision, compiled)
+            precision = name.partition(",")[0]
+            ways[f"{name}; {kind}"] = our_way(config, data, model, batches, precision, "compiled" in name)
 
     for way in ways.values():  # workers start, caches and memories fill, code is compiled
         way.take(args.warmup, device)
@@ -334,6 +340,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--compile", action="store_true", help="measure bf16 with torch.compile, too")
+    parser.add_argument("--recompute", action="store_true", help="measure both precisions with run.recompute, too")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("result/benchmarks/training.json"))
     args = parser.parse_args()

@@ -31,6 +31,7 @@ FREE_KEYS = frozenset(
         "cache_dir",
         "device",
         "distribute",
+        "recompute",
         "workers",
         "log_every",
         "checkpoint_every",
@@ -111,7 +112,9 @@ class RunConfig(Section):
     patience: Annotated[int, Field(gt=0)] | None  # evaluations without gain after which a run ends; null: it never does
     batch_size: int = Field(gt=0)  # pairs of the global batch, over all processes
     accumulate: int = Field(gt=0)  # parts in which CLIP computes a batch, to save memory
+    recompute: bool  # CLIP's blocks are computed again in backward, to save memory
     precision: Literal["float32", "bf16"]  # bf16: autocast; codes and losses stay float32
+    matmul: Literal["highest", "high"]  # of float32 in training steps; high: TF32 where the GPU has it
     compile: bool  # torch.compile
     log_every: int = Field(gt=0)  # steps after which their losses are read back, checked and logged together
     loader: Literal["memory", "workers"]  # pictures held as uint8 on the device, or read by worker processes

@@ -353,7 +353,7 @@ class Adam(torch.optim.Adam):
 
 @OPTIMIZERS.register("AdamW")
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW with BertAdam's schedules, for training a CLIP.
+    """torch's AdamW, one pass over every tensor, with BertAdam's schedules, for training a CLIP.
 
     Matrices decay; vectors and scalars (biases, LayerNorms, the temperature) do not, as CLIP was trained.
 
@@ -378,7 +378,7 @@ class AdamW(torch.optim.AdamW):
                 members = [parameter for parameter in group["params"] if (parameter.ndim >= 2) == matrices]
                 decay = config.weight_decay if matrices else 0.0
                 torch_groups.append({**group, "params": members, "weight_decay": decay})
-        optimizer = cls(torch_groups, betas=(config.b1, config.b2), eps=config.eps)
+        optimizer = cls(torch_groups, betas=(config.b1, config.b2), eps=config.eps, fused=True)
         _attach_schedule(optimizer, config.schedule, config.warmup, total_steps)
         return optimizer
 

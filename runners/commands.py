@@ -72,7 +72,7 @@ def execute(options: argparse.Namespace, list_registered: Callable[[], str]) -> 
                 what = " ".join(str(error).split())[:200]
                 sys.stderr.write(
                     f"error: not enough memory ({what or type(error).__name__}); lower run.batch_size or "
-                    "evaluate.batch_size, raise run.accumulate, or set run.loader=workers\n"
+                    "evaluate.batch_size, set run.recompute=true, raise run.accumulate, or set run.loader=workers\n"
                 )
                 return 2
             else:

@@ -28,7 +28,7 @@ from runners.setup import (
     build_model,
     check_groups,
     open_dataset,
-    split_backbone,
+    spare_memory,
     training_loader,
 )
 from runners.steps import StepLog, require_finite_loss, updates
@@ -37,6 +37,7 @@ from utils.files import write_json, write_text
 from utils.launch import pick_device
 from utils.logging import Record
 from utils.output import say
+from utils.precision import float32_products
 from utils.progress import progress
 from utils.seeding import seed_torch
 from utils.signals import Interrupted, StopRequest
@@ -99,7 +100,7 @@ class Runner:
         self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)
         check_groups(self.model)
-        split_backbone(self.model, run.accumulate)
+        spare_memory(self.model, run)
         self.optimizers = build_optimizers(self.config.optim, self.model.param_groups(), self.steps)
         if loaded is not None:
             self.state = RunState(**loaded.meta["state"])
@@ -136,7 +137,8 @@ class Runner:
                             self.evaluate_epoch()
                         if self.state.step == self.steps or out_of_patience(self.state.history, self.config):
                             break
-                        self.train_epoch()
+                        with float32_products(self.config.run.matmul):
+                            self.train_epoch()
                 except Exception:
                     self._log_steps()  # a loss that was not finite explains what failed after it
                     raise

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common.checkpoint import Checkpoint
-from common.config import Config
+from common.config import Config, RunConfig
 from common.errors import UserError
 from common.places import CHECKPOINT
 from common.registry import DATASETS, MODELS
@@ -241,8 +241,8 @@ def check_groups(model: HashingModel) -> None:
         )
 
 
-def split_backbone(model: HashingModel, parts: int) -> None:
-    """Makes the model's CLIP compute a batch in `run.accumulate` parts.
+def spare_memory(model: HashingModel, run: RunConfig) -> None:
+    """Makes the model's CLIP compute a batch in `run.accumulate` parts, and its blocks again if `run.recompute`.
 
     Losses look at the whole batch, so those of parts of it must not be summed; what can be split is the backbone, which
     needs most of the memory.
@@ -251,13 +251,21 @@ def split_backbone(model: HashingModel, parts: int) -> None:
         UserError: If the model trains no CLIP.
     """
     towers = [module for module in model.modules() if isinstance(module, CLIP)]
-    if parts > 1 and not any(p.requires_grad for tower in towers for p in tower.parameters()):
+    trained = any(p.requires_grad for tower in towers for p in tower.parameters())
+    if run.accumulate > 1 and not trained:
         raise UserError(
-            f"run.accumulate is {parts}, but {type(model).__name__} trains no CLIP, the part that can compute a batch "
-            "piece by piece; the loss needs the whole batch: set run.accumulate=1, or lower run.batch_size"
+            f"run.accumulate is {run.accumulate}, but {type(model).__name__} trains no CLIP, the part that can compute "
+            "a batch piece by piece; the loss needs the whole batch: set run.accumulate=1, or lower run.batch_size"
+        )
+    if run.recompute and not trained:
+        raise UserError(
+            f"run.recompute is true, but {type(model).__name__} trains no CLIP, whose blocks are what is computed "
+            "again; set run.recompute=false, or lower run.batch_size"
         )
     for tower in towers:
-        tower.parts = parts
+        tower.parts = run.accumulate
+        for stack in (tower.visual.transformer, tower.transformer):
+            stack.recompute = run.recompute
 
 
 def make_loader(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.errors import UserError
 from common.types import ClipShape
@@ -229,6 +230,11 @@ def test_every_parameter_but_the_temperature_gets_a_gradient(small: CLIP) -> Non
     small.zero_grad()
 
 
+def recompute(model: CLIP, wanted: bool) -> None:
+    for stack in (model.visual.transformer, model.transformer):
+        stack.recompute = wanted
+
+
 def loss_and_gradients(model: CLIP, parts: int, rows: int) -> tuple[list[Tensor], dict[str, Tensor], int]:
     """What all four ways into the towers give, the gradients of a loss across rows, and the bytes kept for backward."""
     kept: dict[int, int] = {}
@@ -266,6 +272,45 @@ def test_parts_give_values_and_gradients_of_the_whole_batch(small: CLIP, rows: i
 def test_parts_keep_little_for_backward(small: CLIP) -> None:
     whole, split = (loss_and_gradients(small, parts, rows=12)[2] for parts in (1, 4))
     assert split < whole / 4
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_recomputed_blocks_give_the_same_bits(small: CLIP, parts: int) -> None:
+    values, gradients, _ = loss_and_gradients(small, parts, 10)
+    recompute(small, True)
+    again, other, _ = loss_and_gradients(small, parts, 10)
+    recompute(small, False)
+    assert all(map(torch.equal, again, values))
+    assert gradients.keys() == other.keys() and all(torch.equal(other[name], gradients[name]) for name in gradients)
+
+
+def test_recomputed_blocks_keep_little_for_backward(small: CLIP) -> None:
+    whole = loss_and_gradients(small, 1, rows=12)[2]
+    recompute(small, True)
+    kept = loss_and_gradients(small, 1, rows=12)[2]
+    recompute(small, False)
+    assert kept < whole / 3
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_towers_compile_as_one_graph_and_once_more_for_the_last_batch(again: bool) -> None:
+    """All ways into them, with blocks computed again or not; further numbers of rows compile nothing."""
+
+    def features(image: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        if again:
+            return model.image_tokens(image), model.text_features(ids, ids == 0), *model.text_tokens(ids)
+        return model.image_features(image), model.text_features(ids), *model.text_tokens(ids, ids == 0)
+
+    model = CLIP(replace(TINY, vocabulary=600, context_length=40, vision_layers=1, text_layers=1))
+    recompute(model, again)
+    graphs = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(features, backend=graphs, fullgraph=True)
+    for rows in (4, 4, 3, 2, 3):
+        image, ids = pictures(rows).float(), small_texts()[:rows]
+        for found, wanted in zip(compiled(image, ids), features(image, ids), strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert graphs.frame_count == 2
 
 
 def test_bf16_autocast_is_close_and_returns_float32(small: CLIP) -> None:

@@ -3,7 +3,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,14 @@ import torch
 from common.config import Config, build_config, load_config
 from common.errors import UserError
 from common.registry import MODELS
+from common.types import Batch
 from runners.runner import Runner
 from tests import tiny_data
 from tests.commands import ROOT
 from tests.processes import run_processes
 from tests.tiny_models import small_settings
 from utils.distributed import is_main
+from utils.precision import float32_products
 
 # 10 steps; shares of 9 rows are uneven for 2 processes, and the last batch of an epoch has 1 row, fewer than processes
 SCHEDULE = ["run.batch_size=9", "run.epochs=2", "evaluate.every=2"]
@@ -114,10 +116,56 @@ def test_accumulating_changes_memory_only(
     assert losses(tmp_path) == pytest.approx(losses(alone("MITH")), rel=1e-5)
 
 
-def test_accumulating_without_a_clip_to_train_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_recomputing_changes_no_bit(alone: Callable[..., Path], tiny_overrides: list[str], tmp_path: Path) -> None:
+    """With dropout, tokens and pooled features; to rounding over several processes, as without."""
+    overrides, one = [*tiny_overrides, *SCHEDULE, "run.recompute=true"], alone("MITH")
+    state = train("MITH", tmp_path / "one", overrides).model.state_dict()
+    assert_same_bits(state, torch.load(one / "state.pt"))
+    assert losses(tmp_path / "one") == losses(one)
+    for errors in run_processes(errors_against_one, 2, "MITH", str(one), str(tmp_path / "two"), overrides):
+        assert max(errors.values()) <= 1e-5
+
+
+def assert_same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("setting", ["run.accumulate=2", "run.recompute=true"])
+def test_sparing_memory_of_a_clip_that_is_not_trained_is_refused(
+    setting: str, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    key, value = setting.split("=")
     for method in ("CFRH", "VTPH"):
-        with pytest.raises(UserError, match=f"run.accumulate is 2, but {method} trains no CLIP"):
-            Runner(config_of(method, tmp_path / method, [*tiny_overrides, "run.accumulate=2"])).setup()
+        with pytest.raises(UserError, match=f"{key} is {value}, but {method} trains no CLIP"):
+            Runner(config_of(method, tmp_path / method, [*tiny_overrides, setting])).setup()
+
+
+def test_matmul_holds_for_training_steps_alone(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward; codes and what runs afterwards in this process are computed in float32."""
+    seen: dict[str, set[tuple[str, bool]]] = {"forward": set(), "backward": set(), "codes": set()}
+
+    def look(when: str) -> None:
+        seen[when].add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+
+    def encode(batch: Batch) -> torch.Tensor:
+        look("codes")
+        return codes(batch)
+
+    runner = Runner(config_of("DSPH", tmp_path, [*tiny_overrides, *SCHEDULE, "run.epochs=1", "run.matmul=high"]))
+    runner.setup()
+    runner.model.register_forward_hook(lambda *_: look("forward"))
+    next(p for p in runner.model.parameters() if p.requires_grad).register_hook(lambda _: look("backward"))
+    codes = runner.model.encode_image
+    monkeypatch.setattr(runner.model, "encode_image", encode)
+    runner.run()
+    float32 = ("highest", False)
+    assert seen == {"forward": {("high", True)}, "backward": {("high", True)}, "codes": {float32}}
+    with pytest.raises(ZeroDivisionError), float32_products("high"):
+        _ = 1 / 0
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == float32
 
 
 def test_texts_of_other_tokens_than_a_clip_to_train_are_refused(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -60,9 +60,12 @@ def go_on(config: Config) -> dict[str, torch.Tensor]:
     return runner.model.state_dict()
 
 
-def test_after_an_exception_with_other_workers(whole: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_after_an_exception_with_other_workers_and_less_memory(
+    whole: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
     stopped_run(tmp_path, tiny_overrides)
-    state = go_on(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=1"]))
+    others = ["run.workers=1", "run.recompute=true"]
+    state = go_on(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, *others]))
     assert_same_state(final_state(whole), state)
     assert losses(tmp_path) == losses(whole)
 

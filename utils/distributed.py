@@ -1,5 +1,6 @@
 """The border between one process and many. On one process everything here is the identity."""
 
+import functools
 import inspect
 import os
 from collections.abc import Iterable
@@ -81,9 +82,9 @@ def _row_counts(rows: Tensor) -> list[int]:
     """Numbers of rows of all processes."""
     if world_size() == 1:
         return [rows.shape[0]]
-    count = torch.tensor([rows.shape[0]], device=rows.device)
+    count = torch.tensor([rows.shape[0]])
     counts = [torch.zeros_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
+    dist.all_gather(counts, count, group=_group_of_messages(dist.group.WORLD))
     return torch.cat(counts).tolist()
 
 
@@ -121,8 +122,10 @@ def data_parallel(module: nn.Module, reaches_all: bool) -> nn.Module:
     option = "forward_sync_buffers"  # its name from PyTorch 2.13 on
     if option not in inspect.signature(DistributedDataParallel).parameters:
         option = "broadcast_buffers"
+    # Gradients lie in the buckets that are sent, so they are held once and not copied. Static graph would add nothing:
+    # where the loss reaches all, buckets are built anew in the order in which gradients come without it, too.
     options: dict[str, Any] = {option: False, "find_unused_parameters": not reaches_all}
-    return DistributedDataParallel(module, **options)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -169,6 +172,12 @@ class Votes:
         counts = torch.tensor(flags, dtype=torch.int32)
         self._asked = counts, dist.all_reduce(counts, group=self._group, async_op=True)
         return answers
+
+
+@functools.lru_cache(maxsize=1)
+def _group_of_messages(world: Any) -> Any:
+    """All processes, for numbers on the CPU: reading one back from a GPU would wait for all that it is computing."""
+    return dist.new_group(backend="gloo")
 
 
 def _device_of_messages() -> torch.device:

@@ -114,16 +114,24 @@ class Transformer(nn.Module):
         layers: Number of blocks; 0 is the identity.
         heads: Number of attention heads.
         activation: `quick_gelu` (OpenAI's) or `gelu`.
+
+    Attributes:
+        recompute: Whether only the tokens before each block are kept while gradients are recorded; backward computes
+            the blocks again, one at a time. The values and gradients are the same.
     """
 
     def __init__(self, width: int, layers: int, heads: int, activation: str = "quick_gelu") -> None:
         super().__init__()
+        self.recompute = False
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Tokens `x` [B, L, W] -> [B, L, W]; `mask` and `causal` as in `Attention`."""
         for block in self.resblocks:
-            x = block(x, mask, causal)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, causal, use_reentrant=False, preserve_rng_state=False)  # no dropout
+            else:
+                x = block(x, mask, causal)
         return x
 
 
