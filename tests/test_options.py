@@ -16,6 +16,7 @@ from tests.tiny_models import CLASSES, ROWS, SMALL, assert_same_in_processes, bu
 START = Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1)
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every method is tried with
     "CFRH": [{"hidden_width": 32}, {"hidden_width": 32, "fusion": "jdsh"}],
+    "DAGtH": [{"triplets": "hard", "pair_term": True}, {"distance": "squared_euclidean", "triplets": "semi_hard"}],
     "DCMHT": [
         {"head": "linear", "quantization_weight": 1.0},
         {"head": "unified", "quantization_weight": 0.001},

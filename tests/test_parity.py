@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from common.types import Progress
-from tests.parity import EQUAL, LOSS, absolute, check_file, compare, main
+from tests.parity import check_file, main
 from tests.parity_cases import open_case
+from tests.parity_cases.rows import EQUAL, LOSS, absolute, compare
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(path for path in GOLDEN.iterdir() if path.suffix in (".npz", ".json"))
