@@ -1,5 +1,6 @@
 """Every index engine keeps one contract: what it finds equals a brute-force search."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +132,26 @@ def test_what_was_not_saved_is_dropped(config: SearchConfig, tmp_path: Path) -> 
         assert len(index) == 19
     with Index.open(tmp_path / "index") as index:
         assert len(index) == (19 if config.engine == "milvus" else 10)  # Milvus has no transactions
+
+
+def test_a_milvus_file_has_a_server_only_while_it_is_used(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Closing ends the process that Milvus Lite starts, the last of several that use the file."""
+    config = settings("milvus", request, tmp_path)
+    first = Index(tmp_path / "index", header("milvus"), config, writable=True)
+    first.save()
+    second = Index.open(tmp_path / "index")
+    assert servers_of(tmp_path) == 1
+    first.close()
+    first.close()
+    assert len(second) == 0
+    second.close()
+    assert servers_of(tmp_path) == 0
+
+
+def servers_of(folder: Path) -> int:
+    """Processes that were started with a file in a folder."""
+    commands = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            commands.append(process.read_bytes())
+    return sum(bytes(folder / "codes.db") in command for command in commands)

@@ -12,6 +12,7 @@ from runners.search.embedded import Arrays, Embedded, Neighbours
 from runners.search.settings import SearchConfig
 
 _CODES_A_LIST = 39  # fewer, and FAISS's clustering warns that its centres mean nothing
+_LEARNED_FROM = 64  # codes a list that centres are learned from: all of them take the longer, and find as much
 
 
 class IvfNeighbours(Neighbours):
@@ -80,7 +81,7 @@ class IvfNeighbours(Neighbours):
         self._index: Any = faiss.IndexBinaryIVF(self._centres, bits, lists)
         if len(self.ids):
             codes = np.ascontiguousarray(self.codes)
-            self._index.train(codes)
+            self._index.train(np.ascontiguousarray(codes[:: max(1, len(codes) // (_LEARNED_FROM * lists))]))
             self._index.add_with_ids(codes, self.ids)
 
 

@@ -1,5 +1,6 @@
 """Codes in Milvus: a file on this machine (Milvus Lite), or a server or cluster by its address."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from utils.extras import extra
 _PART = 1000  # rows in one request: some hundred kB
 _MOST_HITS = 16384  # of one search, Milvus's own bound
 _CONSISTENT = "Strong"  # a search sees every change made before it
+_users: Counter[str] = Counter()  # engines of this process on a file of Milvus Lite, which has one server for all
 
 
 @INDEXES.register("milvus")
@@ -46,13 +48,21 @@ class Milvus(Engine):
                 raise UserError(f"search.address={self.address}: a file of the engine milvus ends with .db")
         with self._named():
             self.client = pymilvus.MilvusClient(self.address, timeout=20)
-            if not self.client.has_collection(self.name):
-                if not writable:
-                    raise UserError(f"{self.address} has no collection {self.name}; index again")
-                self._make(pymilvus)
-            else:
-                self._require_own()
-            self.client.load_collection(self.name)
+        self._file = None if "://" in self.address else str(Path(self.address).resolve())
+        if self._file is not None:
+            _users[self._file] += 1
+        try:
+            with self._named():
+                if not self.client.has_collection(self.name):
+                    if not writable:
+                        raise UserError(f"{self.address} has no collection {self.name}; index again")
+                    self._make(pymilvus)
+                else:
+                    self._require_own()
+                self.client.load_collection(self.name)
+        except BaseException:
+            self.close()
+            raise
 
     def count(self, kinds: Sequence[Kind] = KINDS) -> int:
         """As `Engine.count`."""
@@ -144,8 +154,14 @@ class Milvus(Engine):
             self.client.flush(self.name)
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """As `Engine.close`; the process that Milvus Lite starts for a file ends with the last engine that uses it."""
         self.client.close()
+        if self._file is not None:
+            _users[self._file] -= 1
+            if not _users[self._file]:
+                manager = extra("milvus_lite.server_manager", "requirements-engines.txt", "the engine milvus")
+                manager.server_manager_instance.release_server(self._file)
+            self._file = None
 
     def _make(self, pymilvus: Any) -> None:
         kind = pymilvus.DataType
