@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload(
-    ["tests.test_contract", "tests.commands", "torch._dynamo"]
-)  # all that is imported
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 
 class Forked(multiprocessing.context.ForkServerProcess):
