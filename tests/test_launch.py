@@ -47,9 +47,9 @@ def launcher(tmp_path: Path, body: str, count: int = 2) -> subprocess.Popen[str]
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time, signal\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.launch import in_group, launch\n"
-        f"if not in_group():\n    sys.exit(launch({count}))\n"
+        "if 'RANK' not in os.environ:\n"  # a copy needs no torch, which takes seconds to load
+        f"    sys.path.insert(0, {str(ROOT)!r})\n"
+        f"    from utils.launch import launch\n    sys.exit(launch({count}))\n"
         "rank = int(os.environ['RANK'])\n" + textwrap.dedent(body)
     )
     return subprocess.Popen(
