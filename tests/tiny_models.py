@@ -146,7 +146,7 @@ def train_all(jobs: list[tuple[str, str, list[list[int]], Mapping[str, Any]]]) -
 def assert_same_in_processes(
     method: str, cache_dir: str, settings: Sequence[Mapping[str, Any]], counts: tuple[int, ...] = (2,)
 ) -> None:
-    """Several gloo processes end in the state of one, uneven batches and one of fewer rows than processes included.
+    """Several gloo processes end in the state of one, after a batch in uneven parts and one of fewer rows than processes.
 
     Args:
         method: Registered name.
@@ -154,7 +154,7 @@ def assert_same_in_processes(
         settings: Overrides of the `model:` section, one for each comparison.
         counts: Numbers of processes.
     """
-    batches = [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0], [1]]
+    batches = [[0, 1, 2, 3, 4], [1]]
     jobs = [(method, cache_dir, batches, overrides) for overrides in settings]
     alone = train_all(jobs)
     for count in counts:
