@@ -146,7 +146,7 @@ def train_all(jobs: list[tuple[str, str, list[list[int]], Mapping[str, Any]]]) -
 def assert_same_in_processes(
     method: str, cache_dir: str, settings: Sequence[Mapping[str, Any]], counts: tuple[int, ...] = (2,)
 ) -> None:
-    """Several gloo processes end in the state of one, after a batch in uneven parts and one of fewer rows than processes.
+    """Several gloo processes end in the state of one, after a batch in uneven parts and one of too few rows for all.
 
     Args:
         method: Registered name.
