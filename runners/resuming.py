@@ -29,15 +29,24 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock:
         The lock, held until its release or the process's end.
 
     Raises:
-        UserError: If the folder cannot be written, is in use, or holds a run that is not to be continued.
+        UserError: If the folder cannot be written, is in use, holds a run that is not to be continued, or a configuration
+            that no run wrote.
     """
     make_folder(folder, "--save-dir")
     lock = FolderLock(folder)
     if not lock.acquire(wait=False):
         raise UserError(f"another process is working in {folder}; wait for it, or choose another --save-dir")
-    if (folder / "config.yaml").exists() and not resume:
-        state = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
-        if not (folder / "log.jsonl").exists() or _holds_work(folder):  # without a log it is no run's config.yaml
+    if not (folder / "config.yaml").exists():
+        return lock
+    logged, worked = (folder / "log.jsonl").exists(), _holds_work(folder)
+    if not logged and not worked:  # a run writes its log first
+        raise UserError(
+            f"{folder / 'config.yaml'} was not written by a run, which would replace it; choose another folder with "
+            "--save-dir"
+        )
+    if not resume:
+        if not logged or worked:
+            state = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
             raise UserError(
                 f"{folder} holds {state}: continue it with --resume, or choose another folder with --save-dir"
             )

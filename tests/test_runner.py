@@ -103,10 +103,17 @@ def test_a_run_that_kept_something_is_not_begun_anew(kept: str, tmp_path: Path, 
     assert all((tmp_path / name).read_text() == "as it was" for name in ("config.yaml", "log.jsonl", kept))
 
 
-def test_a_config_that_no_run_wrote_is_not_overwritten(tmp_path: Path, tiny_overrides: list[str]) -> None:
-    (tmp_path / "config.yaml").write_text("mine")
-    assert "choose another folder" in refused(*arguments("DSPH", tmp_path, tiny_overrides))
-    assert (tmp_path / "config.yaml").read_text() == "mine"
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_config_that_no_run_wrote_is_not_overwritten(
+    resume: list[str], tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    """As in a folder of `configs/`, which is named with --config-file, too."""
+    (tmp_path / "config.yaml").write_text(config("DSPH").read_text().replace("../", f"{ROOT}/configs/"))
+    before = (tmp_path / "config.yaml").read_text()
+    file = ["--config-file", str(tmp_path / "config.yaml")]
+    line = refused(*file, "--save-dir", tmp_path, *small_settings("DSPH"), *tiny_overrides, *resume)
+    assert f"{tmp_path}/config.yaml was not written by a run" in line and "choose another folder" in line
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 @pytest.mark.parametrize("method", METHODS)
