@@ -29,7 +29,7 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock:
         The lock, held until its release or the process's end.
 
     Raises:
-        UserError: If the folder cannot be written, is in use, holds a run that is not to be continued, or a configuration
+        UserError: If the folder cannot be written, is in use, holds a run that is not to be continued, or a config.yaml
             that no run wrote.
     """
     make_folder(folder, "--save-dir")
