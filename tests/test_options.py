@@ -32,6 +32,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every
         {"set_size": 1},
     ],
     "DNPH": [{"train_proxies": True}, {"initialization": "fan_out", "classifier_outputs": 80}],
+    "DPBE": [
+        {"probabilistic": False},
+        {"hessian": "contrastive", "max_pairs": 20, "average_samples": True, "eval_samples": 0},
+        {"strict_triplets": True, "train_samples": 1},
+    ],
     "DSPH": [{"threshold": 0.1}],
     "MITH": [{"activation": "relu"}, {"res_mlp_layers": 0}, {"transformer_layers": 0}, {"dropout": 0.5}],
     "TwDH": [

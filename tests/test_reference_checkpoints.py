@@ -57,6 +57,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, object], tuple[tuple[str, str], ...], tu
     "DSPH": ("DSPH", {}, (*CLIP, ("_head.", "_hash.")), ("proxies.vectors",)),
     "DSPH, unified": ("DSPH", {}, (*HASH, ("proxies.vectors", "hyp.proxies")), ()),
     "DSPH, unified of old": ("DSPH", {}, (*CLIP, *HASH, ("proxies.vectors", "hyp.proxies")), ()),
+    "DPBE": ("DPBE", {}, (*CLIP, ("_head.fc.", "_hash.0."), ("image_head.hessian", "hessian_i"),
+                          ("text_head.hessian", "hessian_t")), ()),
     "DIMCH": ("DIMCH", {}, SETS, ()),
     "DIMCH of old": ("DIMCH", {}, (*CLIP, *SETS), ()),
     "CAGAN": ("CFRH", {}, (*GAN, ("image.encoder.", "ImgNet.hash_layer."), ("text.encoder.0.", "TxtNet.fc1."),

@@ -36,7 +36,7 @@ LOSS = Bound("5e-5 relative or 1e-6", lambda reference: (5e-5 * reference.abs())
 LOOSE_TERM = Bound("5e-5 relative or 1e-4", lambda reference: (5e-5 * reference.abs()).clamp(min=1e-4))
 GRADIENTS = Bound("3e-4 of the largest", lambda reference: 3e-4 * reference.abs().max().expand_as(reference))
 TRAJECTORY = Bound("1e-4 relative", lambda reference: 1e-4 * reference.abs())
-BANKS = absolute(1e-3)
+BANKS = Bound("1e-3 or 1e-5 relative", lambda reference: (1e-5 * reference.abs()).clamp(min=1e-3))
 METRICS = absolute(1e-6)
 
 
