@@ -105,8 +105,10 @@ def test_processes_train_as_one(
         worst = max(errors, key=errors.__getitem__)
         assert errors[worst] <= 1e-5, (worst, errors[worst])
     assert losses(tmp_path) == pytest.approx(losses(one), rel=1e-5, abs=1e-6)
-    reports = [json.loads((folder / "results.json").read_text())["best"] for folder in (one, tmp_path)]
-    assert reports[0] == reports[1]
+    best = [json.loads((folder / "results.json").read_text())["best"] for folder in (one, tmp_path)]
+    assert best[0]["reports"] == best[1]["reports"]
+    for bits, seen in best[0]["codes"].items():
+        assert seen == pytest.approx(best[1]["codes"][bits], rel=1e-5)
 
 
 def test_accumulating_changes_memory_only(
