@@ -6,6 +6,8 @@ Tests work out by hand what the preparation scripts must make of them.
 import json
 from pathlib import Path
 
+import numpy as np
+import scipy.io
 from PIL import Image
 
 from data.make_mirflickr25k import CLASSES as MIRFLICKR_CLASSES
@@ -145,4 +147,36 @@ def wiki(folder: Path) -> Path:
             body = f'<?xml version="1.0"?>\n<article>\n<text>{section}</text>\n<image id="{image}"/>\n</article>\n'
             text(base / f"texts/{name}.xml", body)
             picture(base / "images" / names[category] / f"{image}.jpg", len(name) + category, rotated=name == "aa-1")
+    return folder
+
+
+def iaprtc12(folder: Path) -> Path:
+    """Five pictures in two folders, one without a description; labels as DCMH's files have them, and as LEAR's."""
+    texts = {
+        "00/25": "a yellow building; two palm trees ;",
+        "00/60": "caf\xe9 &amp; bar",
+        "01/1003": "",
+        "40/40000": "a lake",
+    }
+    for number, name in enumerate([*texts, "01/1004"]):
+        picture(folder / f"images/{name}.jpg", number)
+    for name, description in texts.items():
+        head = f"<DOC>\n<DOCNO>annotations/{name}.eng</DOCNO>\n<TITLE>T</TITLE>\n"
+        body = f"{head}<DESCRIPTION>{description}</DESCRIPTION>\n</DOC>\n"
+        path = folder / f"annotations_complete_eng/{name}.eng"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body.encode("iso-8859-1"))
+    order = ["40/40000", "1004.jpg", "images/00/25.jpg", "00\\60.jpg", "/home/x/1003.jpg"]
+    labels = np.zeros((5, 255), np.uint8)
+    labels[np.arange(5), [3, 0, 254, 3, 7]] = 1
+    scipy.io.savemat(folder / "imgList.mat", {"imgs": np.array(order)})
+    scipy.io.savemat(folder / "labelList.mat", {"labels": labels})
+    for part, listed, rows in (
+        ("train", ["00/25", "40/40000"], [[1, 0, 1], [0, 1, 0]]),
+        ("test", ["01/1004"], [[0, 0, 1]]),
+    ):
+        text(folder / f"lear/iaprtc12_{part}_list.txt", "".join(f"{name}\n" for name in listed))
+        values = np.array([[3, *row] for row in rows], dtype="<i2")
+        (folder / f"lear/iaprtc12_{part}_annot.hvecs").write_bytes(values.tobytes())
+    text(folder / "lear/iaprtc12_dictionary.txt", "building\nlake\npalm\n")
     return folder

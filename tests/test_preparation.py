@@ -22,14 +22,29 @@ from scipy.io import loadmat
 from tqdm.auto import tqdm
 
 from common.errors import UserError
-from data import make_coco, make_mirflickr25k, make_nuswide, make_wiki, mat_files, preparation, source_files
+from data import (
+    make_coco,
+    make_iaprtc12,
+    make_mirflickr25k,
+    make_nuswide,
+    make_wiki,
+    mat_files,
+    preparation,
+    source_files,
+)
 from data.mat_files import string_cells, string_rows, write_mat
 from data.preparation import REPORT
 from data.source_files import JOURNAL, find, inspect_picture, read_lines, scan_pictures
 from tests import datasets, miniatures
 from utils.files import FolderLock
 
-SCRIPTS = {"mirflickr25k": make_mirflickr25k, "nuswide": make_nuswide, "coco": make_coco, "wiki": make_wiki}
+SCRIPTS = {
+    "mirflickr25k": make_mirflickr25k,
+    "nuswide": make_nuswide,
+    "coco": make_coco,
+    "wiki": make_wiki,
+    "iaprtc12": make_iaprtc12,
+}
 WRITTEN = {"index.mat", "caption.mat", "label.mat", "labels.txt", REPORT, JOURNAL}
 REPOSITORY = Path(__file__).parents[1]
 
@@ -266,6 +281,8 @@ def test_a_decompression_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.Monk
         ("nuswide", "Flickr", "folder Flickr"),
         ("coco", "annotations", "annotations_trainval2017.zip"),
         ("wiki", "wikipedia_dataset", "wikipedia_dataset.zip"),
+        ("iaprtc12", "images", "iaprtc12.tgz"),
+        ("iaprtc12", "annotations_complete_eng", "iaprtc12.tgz"),
     ],
 )
 def test_missing_archive(
