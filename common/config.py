@@ -375,7 +375,7 @@ def _check_section(section: str, value: Tree, origins: Mapping[str, str], errors
     if section == "run":
         run = _validate(RunConfig, value, section, origins, errors)
         if run is not None:
-            _registered(RUNNERS.get, run.runner, "run.runner", origins, errors)
+            _registered(RUNNERS.require_described, run.runner, "run.runner", origins, errors)  # loading it takes long
         return run
     if section == "evaluate":
         return _validate(EvaluateConfig, value, section, origins, errors)
