@@ -64,16 +64,7 @@ class DDBH(TanhHashingModel):
         self.config = config
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of relaxed codes.
-
-        Args:
-            image: Relaxed codes of the pictures, [B, K].
-            text: Relaxed codes of the texts, [B, K].
-            labels: Multi-hot labels, [B, C].
-
-        Returns:
-            Loss, and its terms without their weights.
-        """
+        """The loss of relaxed codes, [B, K], as `PooledHashingModel.objective`."""
         similar = label_similarity(labels, labels) > 0
         boundary_image = boundary_loss(image, image, similar, self.config.percentile)
         boundary_text = boundary_loss(text, text, similar, self.config.percentile)

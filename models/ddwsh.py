@@ -79,15 +79,9 @@ class DDWSH(TanhHashingModel):
         self.boundaries = nn.Parameter(torch.full((data.num_classes,), config.boundary_start))
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of relaxed codes; draws the triplets of this step, within pictures, within texts, then across.
+        """The loss of relaxed codes, [B, K], as `PooledHashingModel.objective`.
 
-        Args:
-            image: Relaxed codes of the pictures, [B, K].
-            text: Relaxed codes of the texts, [B, K].
-            labels: Multi-hot labels, [B, C].
-
-        Returns:
-            Loss and its terms.
+        Draws the triplets of this step, within pictures, within texts, then across.
 
         Raises:
             UserError: If the labels are of other classes than the boundaries.

@@ -89,15 +89,7 @@ class DNcH(TanhHashingModel):
         self.prototypes = PrototypeNetwork(data.num_classes, config.prototype_hidden, config.bits)
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of relaxed codes.
-
-        Args:
-            image: Relaxed codes of the pictures, [B, K].
-            text: Relaxed codes of the texts, [B, K].
-            labels: Multi-hot labels, [B, C].
-
-        Returns:
-            Loss, and its terms without their weights.
+        """The loss of relaxed codes, [B, K], as `PooledHashingModel.objective`.
 
         Raises:
             UserError: If the labels are of other classes than the prototypes.

@@ -52,16 +52,7 @@ class DNpH(TanhHashingModel):
         super().__init__(config, data, "fan_out")
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of relaxed codes.
-
-        Args:
-            image: Relaxed codes of the pictures, [B, K].
-            text: Relaxed codes of the texts, [B, K].
-            labels: Multi-hot labels, [B, C].
-
-        Returns:
-            Loss and its terms.
-        """
+        """The loss of relaxed codes, [B, K], as `PooledHashingModel.objective`."""
         similar = label_similarity(labels, labels)
         information_image = spherical_information(image, image, similar)
         information_text = spherical_information(text, text, similar)

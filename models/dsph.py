@@ -94,15 +94,7 @@ class DSPH(TanhHashingModel):
         self.proxies = ClassProxies(draw_proxies(classes, config.bits, config.proxy_seed), trained=True)
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of relaxed codes.
-
-        Args:
-            image: Relaxed codes of the pictures, [B, K].
-            text: Relaxed codes of the texts, [B, K].
-            labels: Multi-hot labels, [B, C].
-
-        Returns:
-            Loss, and its terms without their weights.
+        """The loss of relaxed codes, [B, K], as `PooledHashingModel.objective`.
 
         Raises:
             UserError: If a class has no proxy.

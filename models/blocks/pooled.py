@@ -37,7 +37,7 @@ class PooledHashingModel(ClipHashingModel):
             labels: Multi-hot labels, [B, C].
 
         Returns:
-            Loss and terms.
+            Loss, and its terms without their weights.
         """
         raise NotImplementedError(f"{type(self).__name__} has no training_step of its own, so it must define objective")
 
