@@ -265,7 +265,13 @@ class Encoder:
             return tokenize([value], shape[0], self.encoding.tokens)[0]
         if field == "bag_of_words" and isinstance(value, str):
             return word_vector(value, self._number)
-        row = torch.as_tensor(np.asarray(value, np.float32))
+        try:
+            row = torch.as_tensor(np.asarray(value, np.float32))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{self.name}: codes are made from rows of {field}, {list(shape)} numbers each, not from "
+                f"{type(value).__name__}s; compute them as for the training data"
+            ) from None
         if tuple(row.shape) != tuple(shape):
             raise UserError(f"{self.name}: a row of {field} has the shape {list(shape)}, not {list(row.shape)}")
         return row

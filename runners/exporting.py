@@ -58,7 +58,7 @@ def export_command(source: Path, folder: str | None, inputs: Sequence[str], over
         source: A checkpoint of this library.
         folder: The folder; it may exist if it is empty.
         inputs: Pictures and texts to compare codes of, see `open_input`; the queries of its own data set where empty.
-        overrides: Entries `dataset.key=value` of a data set among them.
+        overrides: Entries `dataset.key=value`, of a data set among them.
 
     Raises:
         UserError: If the method does not encode a picture and a text each on its own, a package is missing, there is
@@ -67,6 +67,9 @@ def export_command(source: Path, folder: str | None, inputs: Sequence[str], over
     """
     if folder is None:
         raise UserError("--export needs --save-dir, the folder of the networks and their description")
+    other = next((entry for entry in overrides if not entry.startswith("dataset.")), None)
+    if other is not None:
+        raise UserError(f"{other}: --export takes the checkpoint as it is, and settings of dataset alone; leave it out")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         extra(module, "requirements-onnx.txt", "--export")
     target = Path(os.path.abspath(folder))

@@ -76,6 +76,7 @@ def test_what_cannot_be_exported(tmp_path: Path, tiny_overrides: list[str], monk
     )
     no_data = refused("--export", path, "--save-dir", target, f"dataset.root={tmp_path}/gone")
     assert "gone" in no_data and no_data.endswith("or name pictures and texts with --input")
+    assert "takes the checkpoint as it is" in refused("--export", path, "--save-dir", target, "model.bits=32")
     target.mkdir()
     (target / "mine.txt").write_text("mine")
     assert "is there and not empty" in refused("--export", path, "--save-dir", target)

@@ -309,7 +309,7 @@ def test_damaged_indexes(trained: Path, photos: Path, tmp_path: Path, tiny_overr
         ("index.json", b"{}", "index.json is damaged"),
         ("catalog.sqlite", None, "catalog.sqlite is missing"),
         ("catalog.sqlite", b"x" * 8192, "catalog.sqlite cannot be read"),
-        ("search.yaml", None, "search.yaml cannot be read"),
+        ("search.yaml", None, "search.yaml is missing; remove the folder"),
         ("model.pt", None, "model.pt is missing; index again"),
         ("model.pt", b"x", "model.pt"),
     ):

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.types import Progress
 from models.ucch import UCCH, memory_contrast, ranking_loss
+from runners.encoder import Encoder
 from tests import commands, tiny_data
 from tests.commands import ROOT
 from tests.tiny_models import SMALL, build, pick, rows_of
@@ -173,3 +175,21 @@ def test_stored_features_that_are_missing_or_of_another_length(tmp_path: Path, a
 def test_more_negatives_than_training_pairs(arguments: list[str]) -> None:
     error = commands.refused(*arguments, "model.negatives=38")
     assert "model.negatives is 38, but the training split has 37 pairs to draw them from" in error
+
+
+def test_pictures_and_texts_for_a_model_of_stored_features(tmp_path: Path, arguments: list[str]) -> None:
+    """Codes come from rows of features; whoever brings pictures or texts is told so."""
+    code, _, err = commands.run(*arguments)
+    assert code == 0, err
+    best = tmp_path / "run/best.pt"
+    encoder = Encoder.load(best, device="cpu")
+    assert encoder.images(np.load(tmp_path / "image.npy")[:3]).values.shape == (3, 16)
+    with pytest.raises(UserError, match=r"made from rows of image_feature, \[20\] numbers each, not from strs"):
+        encoder.images(["dog.png"])
+    with pytest.raises(UserError, match=r"made from rows of text_feature, \[6\] numbers each, not from strs"):
+        encoder.texts(["a dog"])
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a dog")
+    assert "text codes are made from text_feature, and there is no text_feature here" in commands.refused(
+        "--index", best, "--input", lines, "--save-dir", tmp_path / "index"
+    )

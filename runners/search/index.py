@@ -102,6 +102,8 @@ class Index:
         """
         folder = Path(folder)
         header = read_header(folder)
+        if not (folder / SETTINGS).is_file():
+            raise UserError(f"index {folder} is damaged: {SETTINGS} is missing; remove the folder and index again")
         config = load_section(folder / SETTINGS, "search", SearchConfig, list(overrides))
         if config.engine != header.engine:
             raise UserError(
