@@ -76,7 +76,7 @@ def read_all(codes: Packed, times: int, pool: ThreadPoolExecutor, threads: int) 
 
 def recall(found: Hits, exact: Hits) -> float:
     """Share of the k nearest that was found; of items at the distance of the last, any will do."""
-    return float((found[1] <= exact[1][:, -1:]).mean() if found[1].size else 0.0)
+    return float(((found[0] >= 0) & (found[1] <= exact[1][:, -1:])).mean())
 
 
 def main() -> None:

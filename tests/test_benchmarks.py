@@ -1,7 +1,10 @@
 """The baselines of the benchmarks compute what this library computes, so that only the way differs."""
 
+import argparse
+
 import torch
 
+from benchmarks import search
 from benchmarks.training import PublishedBertAdam, PublishedCLIP
 from common.optim import BertAdam
 from models.clip.towers import CLIP
@@ -40,3 +43,11 @@ def test_published_optimizer_makes_the_same_updates() -> None:
             optimizer.step()
     assert not torch.equal(ours, start)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_all_ways_of_searching_find_the_nearest() -> None:
+    settings = argparse.Namespace(codes=2000, queries=16, bits=64, k=10, centres=50, repeats=1, threads=1, seed=1)
+    ways = search.measure(settings)["ways"]
+    recalls = {name: way["recall"] for name, way in ways.items() if "recall" in way}
+    assert recalls.pop("ivf") > 0.5
+    assert recalls and set(recalls.values()) == {1.0}

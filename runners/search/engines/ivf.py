@@ -12,13 +12,13 @@ from runners.search.embedded import Arrays, Embedded, Neighbours
 from runners.search.settings import SearchConfig
 
 _CODES_A_LIST = 39  # fewer, and FAISS's clustering warns that its centres mean nothing
-_LEARNED_FROM = 64  # codes a list that centres are learned from: all of them take the longer, and find as much
 
 
 class IvfNeighbours(Neighbours):
     """FAISS `IndexBinaryIVF`: codes in lists around learned centres, of which a query looks into the nearest few.
 
-    The centres are learned anew when the number of rows has doubled or halved since.
+    The centres are learned from some rows, evenly chosen: all of millions would take minutes and gigabytes. They are
+    learned anew when the number of rows has doubled or halved since.
     """
 
     def __init__(self, ids: npt.NDArray[np.int64], codes: npt.NDArray[np.uint8], config: SearchConfig) -> None:
@@ -81,7 +81,7 @@ class IvfNeighbours(Neighbours):
         self._index: Any = faiss.IndexBinaryIVF(self._centres, bits, lists)
         if len(self.ids):
             codes = np.ascontiguousarray(self.codes)
-            self._index.train(np.ascontiguousarray(codes[:: max(1, len(codes) // (_LEARNED_FROM * lists))]))
+            self._index.train(np.ascontiguousarray(codes[:: max(1, len(codes) // (_CODES_A_LIST * lists))]))
             self._index.add_with_ids(codes, self.ids)
 
 
