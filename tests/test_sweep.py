@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.commands import ROOT, refused, run, start
-from tests.test_runner import wait_for_step
+from tests.commands import ROOT, refused, run
+from tests.test_runner import interrupted_at
 
 
 @pytest.fixture
@@ -32,10 +32,8 @@ def test_a_sweep_survives_interruption_and_writes_one_table(
     sweep: Path, tmp_path: Path, tiny_overrides: list[str]
 ) -> None:
     folder, entries = tmp_path / "sweep", settings(tiny_overrides)
-    process = start("--config-file", sweep, *entries)
-    wait_for_step(folder / "DSPH-16bits-seed2", 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert interrupted_at(2, signal.SIGTERM, "--config-file", sweep, *entries, seed=2)[0] == 75
+    assert not (folder / "DSPH-16bits-seed2" / "results.json").exists()
     first = (folder / "DSPH-16bits-seed1" / "results.json").stat().st_mtime_ns
     code, out, err = run("--config-file", sweep, *entries)
     assert code == 0, err
