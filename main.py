@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint, ours or the authors'"
     )
     parser.add_argument("--score", type=Path, metavar="FILE", help="retrieval numbers of codes in a .mat or .npz file")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="one HTML file about the runs of a folder")
     parser.add_argument("--index", type=Path, metavar="CHECKPOINT", help="index what --input names, into --save-dir")
     parser.add_argument("--input", nargs="+", metavar="WHAT",
                         help="folders, patterns, lines (.txt), manifests (.jsonl, .csv), dataset:NAME")  # fmt: skip

@@ -100,6 +100,11 @@ def _do(options: argparse.Namespace) -> int:
 
         score_file(options.score, options.overrides, options.device or "auto", options.save_dir)
         return 0
+    if options.report is not None:
+        from runners.report.page import write_report
+
+        write_report(options.report)
+        return 0
     if options.index is not None or options.search is not None or options.serve is not None:
         from runners.search import commands
 

@@ -19,7 +19,7 @@ from dataset.loader import Loader
 from models.base import HashingModel
 from models.blocks.heads import watch_relaxed
 from runners.results import results_table, summarise
-from runners.selection import BITS, Reports, require_measurable
+from runners.selection import BITS, KEYS, Entry, Reports, require_measurable
 from runners.setup import autocast, build_model, encoded_splits, make_loader, open_dataset
 from utils.distributed import barrier, gather_rows, is_main, rank, world_size
 from utils.files import atomic, make_folder, write_json
@@ -70,6 +70,11 @@ class Evaluation:
     codes: dict[Split, SplitCodes]
     reports: dict[Split, Reports]
     bits: Reports
+
+    @property
+    def entry(self) -> Entry:
+        """What a run's history keeps of it, beside the epoch."""
+        return {**{KEYS[split]: numbers for split, numbers in self.reports.items()}, BITS: self.bits}
 
 
 @torch.no_grad()
@@ -269,7 +274,7 @@ def evaluate_file(config: Config, path: Path) -> None:
             *save_codes(folder, f"codes-{path.stem}", found, model.code_lengths),
             folder / f"evaluation-{path.stem}.json",
         ]
-        entry = {"epoch": loaded.meta.get("epoch", 0), "reports": found.reports["query"], BITS: found.bits}
+        entry = {"epoch": loaded.meta.get("epoch", 0), **found.entry}
         results = summarise(config, model, dataset, [entry], entry)
         write_json(files[-1], results)
         say(results_table(results))

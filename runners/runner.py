@@ -22,7 +22,7 @@ from runners import diagnostics, encoding
 from runners.evaluation import Evaluator, save_codes
 from runners.results import results_table, summarise
 from runners.resuming import check_resumable, claim_folder, newest_checkpoint
-from runners.selection import BITS, KEYS, out_of_patience, reported, watched_splits
+from runners.selection import KEYS, out_of_patience, reported, watched_splits
 from runners.setup import (
     autocast,
     build_model,
@@ -164,8 +164,7 @@ class Runner:
         """Evaluates the present weights; keeps them and their codes if they are the best so far."""
         found = self.evaluator.evaluate(self._stop_between_batches, self.watched)
         epoch = self.state.step // len(self.train_loader)
-        reports = {KEYS[split]: found.reports[split] for split in self.watched}
-        self.state.history.append({"epoch": epoch, **reports, BITS: found.bits})
+        self.state.history.append({"epoch": epoch, **found.entry})
         best = reported(self.state.history, self.config) is self.state.history[-1]
         if self.record is not None:  # the first process
             if best:
