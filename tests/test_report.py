@@ -167,6 +167,14 @@ def test_damaged_runs(sweep: Path, tmp_path: Path, name: str, content: bytes | N
     assert not (tmp_path / "runs/report.html").exists()
 
 
+def test_codes_of_another_length_are_refused(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep / "DSPH-seed1", tmp_path / "run")
+    with np.load(tmp_path / "run/codes-best.npz", allow_pickle=False) as file:
+        arrays = {name: file[name][:, :8] if name == "q_txt" else file[name] for name in file.files}
+    np.savez(tmp_path / "run/codes-best.npz", allow_pickle=False, **arrays)
+    assert "does not hold codes of 16 bits" in refused("--report", tmp_path / "run")
+
+
 def test_folders_without_runs(tmp_path: Path) -> None:
     assert "there is no such folder" in refused("--report", tmp_path / "nothing")
     assert "holds no finished run" in refused("--report", tmp_path)

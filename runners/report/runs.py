@@ -78,6 +78,15 @@ class ReportedRun(RunFolder):
                 f"{path} is missing or damaged ({type(error).__name__}: {error}); make the codes again with --evaluate "
                 f"{self.folder / 'best.pt'}"
             ) from None
+        for side in "qr":
+            labels = found[f"{side}_l"]
+            for codes in (found[f"{side}_img"], found[f"{side}_txt"]):
+                fits = codes.ndim in (2, 3) and codes.shape[-1] >= self.bits and 0 < len(codes) == len(labels)
+                if not fits or labels.shape[1:] != found["q_l"].shape[1:] or not bool((codes.abs() == 1).all()):
+                    raise UserError(
+                        f"{path} does not hold codes of {self.bits} bits with labels; make them again with --evaluate "
+                        f"{self.folder / 'best.pt'}"
+                    )
         return {name: value if name.endswith("_l") else value[..., : self.bits] for name, value in found.items()}
 
     @cached_property
