@@ -43,6 +43,7 @@ from runners.setup import autocast, make_loader, spare_memory
 from runners.steps import updates
 from utils.output import say
 
+LOADERS = {"memory": "run.loader=memory", "workers, cache": "dataset.cache={}/cache"}  # name -> setting
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOWERS = {
     "ViT-B/32": ClipShape(512, 224, 32, 768, 12, 512, 12, 77, 49408),
@@ -266,11 +267,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     if args.recompute:
         names += ["float32, recompute", "bf16, recompute"]
     for name in names:
-        for kind, *overrides in (
-            ("memory", "run.loader=memory"),
-            ("workers, cache", f"dataset.cache={folder / 'cache'}"),
-        ):
-            config = settings(*overrides, f"run.recompute={str('recompute' in name).lower()}")
+        for kind, override in LOADERS.items():
+            if kind not in args.loaders:
+                continue
+            config = settings(override.format(folder), f"run.recompute={str('recompute' in name).lower()}")
             data = DATASETS.get(config.dataset.type)(config.dataset)
             model = build(config, data, shape, CLIP, device)
             spare_memory(model, config.run)
@@ -283,8 +283,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         way.waiting.clear()
         way.stepping.clear()
     counter = FlopCounterMode(display=False)
+    ours = next(way for name, way in ways.items() if name.startswith("float32;"))
     with counter:
-        ways["float32; memory"].step(next(ways["float32; memory"].batches), 0)
+        ours.step(next(ours.batches), 0)
     operations, peak = counter.get_total_flops() / args.batch_size, fastest_product(device)
     for _ in range(args.repeats):  # interleaved, so that a busy moment of the machine meets all alike
         for way in ways.values():
@@ -341,6 +342,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--compile", action="store_true", help="measure bf16 with torch.compile, too")
     parser.add_argument("--recompute", action="store_true", help="measure both precisions with run.recompute, too")
+    parser.add_argument("--loaders", nargs="+", choices=list(LOADERS), default=list(LOADERS),
+                        help="fewer need less memory: every way holds a model")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("result/benchmarks/training.json"))
     args = parser.parse_args()
