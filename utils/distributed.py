@@ -122,8 +122,8 @@ def data_parallel(module: nn.Module, reaches_all: bool) -> nn.Module:
     option = "forward_sync_buffers"  # its name from PyTorch 2.13 on
     if option not in inspect.signature(DistributedDataParallel).parameters:
         option = "broadcast_buffers"
-    # Gradients lie in the buckets that are sent, so they are held once and not copied. Static graph would add nothing:
-    # where the loss reaches all, buckets are built anew in the order in which gradients come without it, too.
+    # Gradients lie in the buckets that are sent, so they are held once and not copied. No static graph:
+    # where the loss reaches all, buckets follow the order of gradients without it, and it gave other gradients.
     options: dict[str, Any] = {option: False, "find_unused_parameters": not reaches_all}
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
 
