@@ -34,12 +34,14 @@ def arguments(method: str, folder: Path, settings: list[str], *more: str) -> lis
     return ["--config-file", str(config(method)), "--save-dir", str(folder), *small_settings(method), *settings, *more]
 
 
-def interrupted_at(step: int, number: signal.Signals, *arguments: str | Path, seed: int = 1) -> tuple[int, str, str]:
-    """Runs the command line in this process, which gets a signal while the run of a seed takes a step."""
+def interrupted_at(
+    step: int, number: signal.Signals, *arguments: str | Path, seed: int | None = None
+) -> tuple[int, str, str]:
+    """Runs the command line in this process, which gets a signal while a run, that of a seed if given, takes a step."""
     save = Runner._save_if_due
 
     def save_when_asked_to_stop(runner: Runner) -> None:
-        if runner.state.step == step and runner.config.run.seed == seed:
+        if runner.state.step == step and seed in (None, runner.config.run.seed):
             signal.raise_signal(number)
         save(runner)
 
