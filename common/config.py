@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from common.errors import UserError
 from common.places import ROOT, Mark, locate, marks_of
 from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
-from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, read_layers
+from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, layered, read_layers
 
 logger = logging.getLogger(__name__)
 SECTIONS = ("model", "dataset", "optim", "run", "evaluate")
@@ -256,7 +256,9 @@ def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def load_section(path: str | Path, name: str, schema: type[SectionT], overrides: list[str]) -> SectionT:
+def load_section(
+    path: str | Path, name: str, schema: type[SectionT], overrides: list[str], defaults: Path | None = None
+) -> SectionT:
     """Reads a YAML file that consists of one section of its own.
 
     Args:
@@ -264,6 +266,7 @@ def load_section(path: str | Path, name: str, schema: type[SectionT], overrides:
         name: The section's name.
         schema: What it must hold.
         overrides: Entries `name.key=value`.
+        defaults: A YAML file of what the first one may leave out.
 
     Returns:
         The checked section.
@@ -272,7 +275,8 @@ def load_section(path: str | Path, name: str, schema: type[SectionT], overrides:
         UserError: As `load_config`.
     """
     origins: dict[str, str] = {}
-    tree = apply_overrides(read_layers(Path(path), origins, ()), origins, overrides)
+    below = {} if defaults is None else read_layers(defaults, origins, ())
+    tree = apply_overrides(layered(below, read_layers(Path(path), origins, ())), origins, overrides)
     errors = [f"{key}: unknown section beside {name}{_place(key, origins)}" for key in tree if key != name]
     section = _validate(schema, tree.get(name, {}), name, origins, errors)
     if errors:

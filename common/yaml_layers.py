@@ -210,6 +210,14 @@ def _short(entry: str) -> str:
     return repr(entry if len(entry) <= 80 else f"{entry[:77]}...")
 
 
+def layered(below: Tree, above: Tree) -> Tree:
+    """Two trees as one; what is above has the last word."""
+    tree: Tree = {}
+    for layer in (below, above):
+        _merge(tree, layer)
+    return tree
+
+
 def _merge(into: Tree, layer: Tree) -> None:
     """Merges `layer` over `into`: mappings merge, everything else replaces. `layer` is not aliased."""
     for key, value in layer.items():

@@ -119,7 +119,7 @@ def _do(options: argparse.Namespace) -> int:
     if options.config_file is not None and has_section(options.config_file, "sweep"):
         from runners.sweep import Sweep
 
-        sweep = Sweep(options.config_file, overrides_of(options))
+        sweep = Sweep(options.config_file, overrides_of(options), options.imports)
     config = sweep.planned[0] if sweep is not None else read_config(options)
     if options.print_config:
         print_config(config)

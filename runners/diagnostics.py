@@ -142,4 +142,5 @@ def _equal_sides(entry: Entry) -> list[str]:
 
 
 def _reports(evaluator: Evaluator, asks: SplitCodes, searched: SplitCodes) -> Reports:
-    return evaluate_codes(asks, searched, evaluator.model.code_lengths, evaluator.config.evaluate, evaluator.device)
+    lengths, config = evaluator.model.code_lengths, evaluator.config.evaluate
+    return evaluate_codes(asks, searched, lengths, config, evaluator.device)[0]

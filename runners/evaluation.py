@@ -27,6 +27,7 @@ from utils.launch import pick_device
 from utils.output import say
 from utils.progress import progress
 
+Precisions = dict[str, Tensor]  # "<bits>/<direction>/<name of a mAP>" -> [Q] float64, NaN without a relevant item
 DIRECTIONS = {"i2t": ("image", "text"), "t2i": ("text", "image"), "i2i": ("image", "image"), "t2t": ("text", "text")}
 
 
@@ -65,11 +66,13 @@ class Evaluation:
         codes: Codes of the splits that asked, and of the database.
         reports: Of every split that asked: retrieval numbers by code length, see `evaluate_codes`.
         bits: What the database's codes are like, by code length, see `describe_codes`.
+        precisions: Of every split that asked: average precisions of every query, see `evaluate_codes`.
     """
 
     codes: dict[Split, SplitCodes]
     reports: dict[Split, Reports]
     bits: Reports
+    precisions: dict[Split, Precisions]
 
     @property
     def entry(self) -> Entry:
@@ -128,7 +131,7 @@ def encode_split(
 
 def evaluate_codes(
     query: SplitCodes, database: SplitCodes, lengths: tuple[int, ...], config: EvaluateConfig, device: torch.device
-) -> dict[str, dict[str, float]]:
+) -> tuple[Reports, Precisions]:
     """Retrieval numbers of all four directions, for every code length; the processes share the queries.
 
     Args:
@@ -139,8 +142,9 @@ def evaluate_codes(
         device: Where to rank.
 
     Returns:
-        `{"16": {"i2t/mAP@all": 0.71, ...}, ...}` by code length.
+        `{"16": {"i2t/mAP@all": 0.71, ...}, ...}` by code length, and what the mAPs are the means of, of every query.
     """
+    precisions: Precisions = {}
     own = torch.arange(len(query.labels)).tensor_split(world_size())[rank()]  # gathered again in the same order
     reports: dict[str, dict[str, float]] = {}
     start = 0
@@ -163,10 +167,12 @@ def evaluate_codes(
                 cutoffs=config.cutoffs,
                 definitions=config.definitions,
             )
-            report = mean_over_queries({name: gather_rows(part) for name, part in values.items()})
+            gathered = {name: gather_rows(part) for name, part in values.items()}
+            report = mean_over_queries(gathered)
             numbers.update({f"{direction}/{name}": value for name, value in report.items()})
+            precisions.update({f"{bits}/{direction}/{n}": part.cpu() for n, part in gathered.items() if "mAP" in n})
         reports[str(bits)] = numbers
-    return reports
+    return reports, precisions
 
 
 def describe_codes(codes: SplitCodes, lengths: tuple[int, ...], device: torch.device) -> Reports:
@@ -230,11 +236,14 @@ class Evaluator:
         }
         database = codes["database"]
         reports: dict[Split, Reports] = {}
+        precisions: dict[Split, Precisions] = {}
         for split in asking:
             searched = database.rows(self.splits.searched_by(split))
             lengths = self.model.code_lengths
-            reports[split] = evaluate_codes(codes[split], searched, lengths, self.config.evaluate, self.device)
-        return Evaluation(codes, reports, describe_codes(database, self.model.code_lengths, self.device))
+            reports[split], precisions[split] = evaluate_codes(
+                codes[split], searched, lengths, self.config.evaluate, self.device
+            )
+        return Evaluation(codes, reports, describe_codes(database, self.model.code_lengths, self.device), precisions)
 
     def evaluate_saved(self, path: Path, check: Callable[[], None]) -> Evaluation:
         """Evaluates the weights of a checkpoint of the model's own, which keeps its present ones.
@@ -271,7 +280,7 @@ def evaluate_file(config: Config, path: Path) -> None:
         folder = config.run_folder
         make_folder(folder, "--save-dir")
         files = [
-            *save_codes(folder, f"codes-{path.stem}", found, model.code_lengths),
+            *save_codes(folder, path.stem, found, model.code_lengths),
             folder / f"evaluation-{path.stem}.json",
         ]
         entry = {"epoch": loaded.meta.get("epoch", 0), **found.entry}
@@ -283,16 +292,19 @@ def evaluate_file(config: Config, path: Path) -> None:
 
 
 def save_codes(folder: Path, name: str, found: Evaluation, lengths: tuple[int, ...]) -> list[Path]:
-    """Writes codes and labels, with the peers' key names, as `<name>.npz` and as `<name>.mat`; `--score` reads both.
+    """Writes codes and labels, and the queries' average precisions.
+
+    Codes have the peers' key names, in `codes-<name>.npz` and `codes-<name>.mat`, which `--score` reads;
+    `ap-<name>.npz` has an array [Q] under each name of `Precisions`.
 
     Args:
         folder: The run's folder.
-        name: File name without suffix.
+        name: What the codes are those of, such as `best`.
         found: An evaluation of the query split.
         lengths: Lengths of the codes that stand side by side in the last axis; written as `lengths`.
 
     Returns:
-        The two paths.
+        The paths.
     """
     query, database = found.codes["query"], found.codes["database"]
     arrays = {
@@ -305,9 +317,11 @@ def save_codes(folder: Path, name: str, found: Evaluation, lengths: tuple[int, .
     }
     small = {key: value.numpy().astype(np.int8) for key, value in arrays.items()}
     small["lengths"] = np.array(lengths)
-    paths = [folder / f"{name}.npz", folder / f"{name}.mat"]
+    paths = [folder / f"codes-{name}.npz", folder / f"codes-{name}.mat", folder / f"ap-{name}.npz"]
     with atomic(paths[0]) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **small)
     with atomic(paths[1]) as temporary, open(temporary, "wb") as file:
         scipy.io.savemat(file, {key: value.astype(np.float32) for key, value in small.items()}, do_compression=True)
+    with atomic(paths[2]) as temporary, open(temporary, "wb") as file:
+        np.savez(file, allow_pickle=False, **{key: value.numpy() for key, value in found.precisions["query"].items()})
     return paths

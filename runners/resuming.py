@@ -17,8 +17,12 @@ from utils.files import FolderLock, make_folder
 logger = logging.getLogger(__name__)
 
 
-def claim_folder(folder: Path, resume: bool) -> FolderLock:
-    """Makes a folder this process's own for one run.
+class BusyError(UserError):
+    """Another process is working on a run."""
+
+
+def claim_folder(folder: Path, resume: bool) -> FolderLock | None:
+    """Makes a folder the own one of this process, or of its group, for one run.
 
     Args:
         folder: The run's folder, created if need be.
@@ -26,18 +30,27 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock:
             lie there: it begins anew.
 
     Returns:
-        The lock, held until its release or the process's end.
+        The lock, held until its release or the process's end; None on other processes than the first.
 
     Raises:
-        UserError: If the folder cannot be written, is in use, holds a run that is not to be continued, or a config.yaml
+        BusyError: If the folder is in use, on every process.
+        UserError: If it cannot be written, holds a run that is not to be continued, or a config.yaml
             that no run wrote.
     """
-    make_folder(folder, "--save-dir")
-    lock = FolderLock(folder)
-    if not lock.acquire(wait=False):
-        raise UserError(f"another process is working in {folder}; wait for it, or choose another --save-dir")
-    if not (folder / "config.yaml").exists():
-        return lock
+    lock, held = None, True
+    if is_main():
+        make_folder(folder, "--save-dir")
+        lock = FolderLock(folder)
+        held = lock.acquire(wait=False)
+    if not from_main(held):
+        raise BusyError(f"another process is working in {folder}; wait for it, or choose another --save-dir")
+    if lock is not None and (folder / "config.yaml").exists():
+        _require_claimable(folder, resume)
+    return lock
+
+
+def _require_claimable(folder: Path, resume: bool) -> None:
+    """Refuses a folder whose config.yaml is no run's, or that holds a run that is not to be continued."""
     logged, worked = (folder / "log.jsonl").exists(), _holds_work(folder)
     if not logged and not worked:  # a run writes its log first
         raise UserError(
@@ -51,7 +64,6 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock:
                 f"{folder} holds {state}: continue it with --resume, or choose another folder with --save-dir"
             )
         logger.info("the run in %s ended before its first checkpoint: beginning anew", folder)
-    return lock
 
 
 def _holds_work(folder: Path) -> bool:

@@ -4,9 +4,9 @@ What is done with a batch stands in `train_epoch`; what a method does with it st
 """
 
 import dataclasses
+import functools
 import logging
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -85,8 +85,7 @@ class Runner:
         """
         run = self.config.run
         self.device = pick_device(run.device, run.distribute)
-        if is_main():
-            self.lock = claim_folder(self.folder, resume)
+        self.lock = claim_folder(self.folder, resume)
         barrier()
         loaded = newest_checkpoint(self.checkpoints) if resume else None
         if resume and loaded is None:
@@ -109,6 +108,7 @@ class Runner:
             logger.info("going on after step %d of %d from %s", self.state.step, self.steps, loaded.path)
         self.module = self._wrap(self.model)
         self.votes = Votes()
+        self.computing = functools.partial(autocast, run.precision, self.device)
 
     def run(self) -> None:
         """Trains to the last epoch, evaluating on the way; prints and writes the results.
@@ -151,9 +151,9 @@ class Runner:
         for batch in self.train_loader.epoch(epoch, start=done):
             position = Progress(epoch, self.config.run.epochs, self.state.step, len(self.train_loader))
             seed_torch(self.config.run.seed, self.state.step)
-            with self._computing():
+            with self.computing():
                 output: StepOutput = self.module(batch, position)
-            self.step_log.add(self.state.step, updates(output, self.optimizers, self._computing))
+            self.step_log.add(self.state.step, updates(output, self.optimizers, self.computing))
             if self.step_log.is_due:
                 self._log_steps()
             self.state.step += 1
@@ -170,7 +170,7 @@ class Runner:
             if best:
                 checkpoint.save(self.folder / "best.pt", self._meta(epoch=epoch), self.model.state_dict())
                 if "query" in self.watched:
-                    save_codes(self.folder, "codes-best", found, self.model.code_lengths)
+                    save_codes(self.folder, "best", found, self.model.code_lengths)
         diagnostics.report(self.state.step, self.state.history, found, self.evaluator, self.record, best)
         barrier()
 
@@ -178,9 +178,6 @@ class Runner:
         """The model as a step calls it: over all processes, and compiled, where the config says so."""
         module = data_parallel(model, model.loss_reaches_all)
         return cast(torch.nn.Module, torch.compile(module)) if self.config.run.compile else module
-
-    def _computing(self) -> AbstractContextManager[Any]:
-        return autocast(self.config.run.precision, self.device)
 
     def _log_steps(self) -> None:
         """Records losses and terms of the steps that wait; stops the run if one is not finite.
@@ -240,11 +237,12 @@ class Runner:
         if self.record is not None:  # the first process
             self.record.close()
             if found is not None:
-                save_codes(self.folder, "codes-best", found, self.model.code_lengths)
+                save_codes(self.folder, "best", found, self.model.code_lengths)
             results = summarise(self.config, self.model, self.dataset, self.state.history, best, self.state.untrained)
             write_json(self.folder / "results.json", results)
             say(results_table(results))
-            files = ("results.json", "best.pt", "codes-best.npz", "codes-best.mat", "log.jsonl", "config.yaml")
-            say(f"written to {self.folder}: {', '.join(files)}")
+            files = "results.json, best.pt, codes-best.npz, codes-best.mat, ap-best.npz, log.jsonl, config.yaml"
+            say(f"written to {self.folder}: {files}")
+        if self.lock is not None:
             self.lock.release()
         barrier()

@@ -1,13 +1,22 @@
-"""Several runs on one data set: methods x code lengths x seeds, then one table and the curves.
+"""Several runs on one data set: methods x code lengths x seeds and whatever else, then one table and the curves.
 
-A sweep is a YAML with one section, `sweep:`. Its runs are made one after another; finished ones are skipped,
-interrupted ones go on, and a run that fails does not stop the others.
+A sweep is a YAML with one section, `sweep:`. Finished runs are skipped, interrupted ones go on, and a run that fails
+does not stop the others. Any number of processes, on any number of machines that share the folder, may work on one
+sweep: a run belongs to whoever locks its folder, and is free again when that process ends, however it does.
 """
 
 import itertools
+import json
 import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -18,18 +27,28 @@ from common.places import Mark
 from common.registry import RUNNERS
 from common.yaml_layers import flatten
 from runners.comparison import RunFolder, write_summary
-from utils.distributed import barrier, is_main
+from runners.resuming import BusyError
+from utils.distributed import barrier, from_main, is_main
+from utils.files import make_folder
+from utils.launch import devices, in_group
 from utils.output import say
+from utils.progress import progress
+from utils.signals import Interrupted, StopRequest, end_with_parent
 
 logger = logging.getLogger(__name__)
+DEFAULTS = Path(__file__).parent.parent / "configs" / "sweep_base.yaml"
+_PATIENCE = 2.0  # seconds between looks at runs that others are making
 
 
 class SweepConfig(Section):
-    """`sweep:` section."""
+    """`sweep:` section; `configs/sweep_base.yaml` has what a sweep's own YAML may leave out."""
 
     configs: Annotated[list[str], Field(min_length=1), Mark.READ]  # the YAML of every method
     bits: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)  # model.bits
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # run.seed
+    split_seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None  # dataset.split.seed
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]]  # any key -> its values
+    parallel: int = Field(gt=0, le=1024)  # runs made at once
     save_dir: str  # folder of the runs, the table and the curves
 
 
@@ -39,6 +58,7 @@ class Sweep:
     Args:
         path: YAML with the `sweep:` section.
         overrides: Entries `sweep.key=value` for the sweep, all others for every run.
+        imports: The user's Python files, for the processes that `sweep.parallel` starts.
 
     Attributes:
         planned: One configuration a run, in order.
@@ -47,20 +67,42 @@ class Sweep:
         UserError: If any configuration is wrong, or they name several data sets.
     """
 
-    def __init__(self, path: Path, overrides: list[str]) -> None:
+    def __init__(self, path: Path, overrides: list[str], imports: Sequence[Path] = ()) -> None:
         own = [entry for entry in overrides if entry.startswith("sweep.")]
-        sweep = load_section(path, "sweep", SweepConfig, own)
-        self.folder = Path(sweep.save_dir)
+        sweep = load_section(path, "sweep", SweepConfig, own, defaults=DEFAULTS)
+        self.folder, self.parallel = Path(sweep.save_dir), sweep.parallel
+        self._command = ["--config-file", str(path), *(f"--import={file}" for file in imports), *overrides]
+        self.planned: list[Config] = []
+        self._rows: list[str] = []  # of the table, beside the method's name
         shared = [entry for entry in overrides if entry not in own]
-        shared.append(f"run.save_dir={sweep.save_dir}/{{model}}-{{bits}}bits-seed{{seed}}")
-        self.planned = [
-            load_config(file, [*shared, f"model.bits={bits}", f"run.seed={seed}"])
-            for file, bits, seed in itertools.product(sweep.configs, sweep.bits, sweep.seeds)
-        ]
+        splits = [[]] if sweep.split_seeds is None else [[f"dataset.split.seed={seed}"] for seed in sweep.split_seeds]
+        choices = [[(key, value) for value in values] for key, values in sweep.grid.items()]
+        for file, chosen, bits, split, seed in itertools.product(
+            sweep.configs, itertools.product(*choices), sweep.bits, splits, sweep.seeds
+        ):
+            row = ", ".join(f"{key}={_short(value)}" for key, value in chosen)
+            name = "".join(f"-{re.sub(r'[^A-Za-z0-9._=-]+', '_', f'{key}={_short(value)}')}" for key, value in chosen)
+            name += "".join(f"-split{entry.partition('=')[2]}" for entry in split)
+            entries = [f"{key}={_written(value)}" for key, value in chosen]
+            entries += [*split, f"model.bits={bits}", f"run.seed={seed}"]
+            entries.append(f"run.save_dir={sweep.save_dir}/{{model}}-{{bits}}bits-seed{{seed}}{name}")
+            self.planned.append(load_config(file, [*shared, *entries]))
+            self._rows.append(row)
+        self._require_comparable(path)
+
+    def _require_comparable(self, path: Path) -> None:
         names = {config.dataset.name for config in self.planned}
         if len(names) > 1:
             raise UserError(
                 f"{path}: a sweep compares on one data set, but its configs name {', '.join(sorted(names))}"
+            )
+        folders = [config.run_folder for config in self.planned]
+        twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path}: two runs of the sweep would lie in {twice}; name every value once")
+        if self.parallel > 1 and (in_group() or self.planned[0].run.distribute):
+            raise UserError(
+                "sweep.parallel starts processes of one device each; leave --distribute out, or parallel at 1"
             )
 
     def run(self) -> None:
@@ -68,22 +110,15 @@ class Sweep:
 
         Raises:
             UserError: At the end, if runs failed.
+            Interrupted: After Ctrl-C or SIGTERM.
         """
-        failed: dict[Path, str] = {}
-        for number, config in enumerate(self.planned, start=1):
-            folder = config.run_folder
-            done = _is_done(config)
-            logger.info("run %d of %d: %s%s", number, len(self.planned), folder, " is done" if done else "")
-            try:
-                if not done:
-                    runner = RUNNERS.get(config.run.runner)(config)
-                    runner.setup(resume=True)
-                    runner.run()
-            except UserError as error:
-                failed[folder] = str(error)
-                logger.error("%s failed: %s", folder, error)
+        failed = self._work_in_processes() if self.parallel > 1 else self._work()
         if is_main():
-            finished = [RunFolder(config.run_folder) for config in self.planned if config.run_folder not in failed]
+            finished = [
+                RunFolder(config.run_folder, row)
+                for config, row in zip(self.planned, self._rows, strict=True)
+                if config.run_folder not in failed
+            ]
             if finished:
                 say(write_summary(self.folder, finished))
         barrier()
@@ -93,6 +128,96 @@ class Sweep:
                 f"({'; '.join(f'{run}: {why}' for run, why in failed.items())}); mend them and run the command again"
             )
 
+    def _work(self) -> dict[Path, str]:
+        """Makes the runs that nobody else makes, waits for the others; returns why runs failed."""
+        failed: dict[Path, str] = {}
+        left = list(self.planned)
+        while left:
+            busy: list[Config] = []
+            for config in left:
+                folder, number = config.run_folder, self.planned.index(config) + 1
+                try:
+                    if from_main(int(_is_done(config))):
+                        logger.info("run %d of %d: %s is done", number, len(self.planned), folder)
+                        continue
+                    logger.info("run %d of %d: %s", number, len(self.planned), folder)
+                    runner = RUNNERS.get(config.run.runner)(config)
+                    runner.setup(resume=True)
+                    runner.run()
+                except BusyError:
+                    logger.info("run %d of %d: another process is working on it", number, len(self.planned))
+                    busy.append(config)
+                except UserError as error:
+                    failed[folder] = str(error)
+                    logger.error("%s failed: %s", folder, error)
+            left = busy
+            if busy:
+                time.sleep(_PATIENCE)
+        return failed
+
+    def _work_in_processes(self) -> dict[Path, str]:
+        """Starts processes that share the runs, each on one device; returns which runs have no results in the end."""
+        make_folder(self.folder, "sweep.save_dir")
+        found = devices(self.planned[0].run.device)
+        names = [str(device.index) if device.type == "cuda" else device.type for device in found]
+        cores = len(os.sched_getaffinity(0))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // self.parallel))}
+        main = Path(__file__).parent.parent / "main.py"
+        processes = []
+        with StopRequest() as stop:
+            for number in range(self.parallel):
+                device = names[number % len(names)]
+                entries = ["sweep.parallel=1", f"run.device={device}"]
+                with open(self.folder / f"process-{number + 1}.log", "wb") as log:
+                    processes.append(
+                        subprocess.Popen(
+                            [sys.executable, str(main), *self._command, *entries],
+                            env=environment,
+                            stdout=log,
+                            stderr=log,
+                            start_new_session=True,  # Ctrl-C reaches them once, through this process
+                            preexec_fn=end_with_parent,
+                        )
+                    )
+            logger.info("%d processes at work; their logs are %s", self.parallel, self.folder / "process-*.log")
+            self._wait(processes, stop)
+        return {
+            config.run_folder: f"no results; {self.folder / 'process-1.log'} and its neighbours say why"
+            for config in self.planned
+            if not _is_done(config)
+        }
+
+    def _wait(self, processes: list["subprocess.Popen[bytes]"], stop: StopRequest) -> None:
+        """Until all processes have ended; passes a signal on to them."""
+        passed_on = False
+        with progress(total=len(self.planned), desc="sweep", unit="run") as bar:
+            while any(process.poll() is None for process in processes):
+                if stop.requested and not passed_on:
+                    passed_on = True
+                    for process in processes:
+                        process.send_signal(signal.SIGTERM)
+                bar.update(sum(_has_results(config) for config in self.planned) - bar.n)
+                time.sleep(0.2)
+            bar.update(sum(_has_results(config) for config in self.planned) - bar.n)
+        if passed_on:
+            stopped = Interrupted(stop.signal, 0, self.folder)
+            stopped.args = (f"stopped; run the same command again to go on with the sweep in {self.folder}",)
+            raise stopped
+
+
+def _short(value: Any) -> str:
+    """A value of a grid as the table and the folder show it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _written(value: Any) -> str:
+    """A value of a grid as it stands on a command line."""
+    return json.dumps(value)
+
+
+def _has_results(config: Config) -> bool:
+    return (config.run_folder / "results.json").exists()
+
 
 def _is_done(config: Config) -> bool:
     """Whether the run's results are there.
@@ -101,7 +226,7 @@ def _is_done(config: Config) -> bool:
         UserError: If they were made under other settings.
     """
     folder = config.run_folder
-    if not (folder / "results.json").exists():
+    if not _has_results(config):
         return False
     theirs, ours = flatten(load_config(folder / "config.yaml").tree), flatten(config.tree)
     require_same(

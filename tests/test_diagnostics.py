@@ -59,9 +59,12 @@ def test_quantization_error_is_that_of_what_was_binarised() -> None:
 
 def found_with(query: SplitCodes, database: SplitCodes, config: Any) -> Evaluation:
     device = torch.device("cpu")
-    reports = evaluate_codes(query, database, (8,), config.evaluate, device)
+    reports, precisions = evaluate_codes(query, database, (8,), config.evaluate, device)
     return Evaluation(
-        {"query": query, "database": database}, {"query": reports}, describe_codes(database, (8,), device)
+        {"query": query, "database": database},
+        {"query": reports},
+        describe_codes(database, (8,), device),
+        {"query": precisions},
     )
 
 

@@ -51,6 +51,7 @@ def train(method: str, folder: Path, overrides: list[str], dropout: float = 0.3)
     runner.setup()
     runner.run()
     if is_main():
+        assert runner.lock is not None
         runner.lock.release()
     return runner
 

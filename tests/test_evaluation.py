@@ -35,7 +35,7 @@ def codes(rows: int, seed: int) -> SplitCodes:
 
 
 def reports(queries: int) -> dict[str, dict[str, float]]:
-    return evaluate_codes(codes(queries, 0), codes(30, 1), (8, 4), CONFIG, torch.device("cpu"))
+    return evaluate_codes(codes(queries, 0), codes(30, 1), (8, 4), CONFIG, torch.device("cpu"))[0]
 
 
 @pytest.mark.parametrize(("queries", "count"), [(7, 2), (7, 3), (2, 4)])

@@ -31,7 +31,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_precision_recall_has_every_curve_and_named_axes(tmp_path: Path, drawn: list[Figure]) -> None:
-    curves = {f"method {n}": (LEVELS, [1 - level * n / 10 for level in LEVELS]) for n in range(9)}
+    curves = {f"method {n}": (LEVELS, [[1 - level * n / 10 for level in LEVELS]]) for n in range(9)}
     path = tmp_path / "pr.png"
     plots.plot_precision_recall(curves, "a title", path)
     axes = drawn[0].axes[0]
@@ -39,7 +39,7 @@ def test_precision_recall_has_every_curve_and_named_axes(tmp_path: Path, drawn: 
     assert [line.get_label() for line in axes.lines] == list(curves)
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
     assert len(looks) == len({line.get_color() for line in axes.lines}) == 9, "no two lines look alike"
-    assert np.asarray(axes.lines[3].get_ydata()).tolist() == curves["method 3"][1]
+    assert np.asarray(axes.lines[3].get_ydata()).tolist() == curves["method 3"][1][0]
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(maxcolors=10**6) or []) > 20, "not an empty picture"
@@ -47,9 +47,19 @@ def test_precision_recall_has_every_curve_and_named_axes(tmp_path: Path, drawn: 
 
 
 def test_points_without_a_number_are_left_out(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.plot_precision_at({"a": ([1, 2, 3], [0.5, float("nan"), 0.25])}, "t", tmp_path / "p.png")
+    plots.plot_precision_at({"a": ([1, 2, 3], [[0.5, float("nan"), 0.25]])}, "t", tmp_path / "p.png")
     line = drawn[0].axes[0].lines[0]
     assert (np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()) == ([1, 3], [0.5, 0.25])
+
+
+def test_several_runs_are_a_mean_in_a_band(tmp_path: Path, drawn: list[Figure]) -> None:
+    runs = {"a": ([1, 2], [[0.2, 0.5], [0.4, 0.5]]), "b": ([1, 2], [[0.1, 0.1]])}
+    plots.plot_precision_at(runs, "t", tmp_path / "p.png")
+    axes = drawn[0].axes[0]
+    assert np.asarray(axes.lines[0].get_ydata()).tolist() == pytest.approx([0.3, 0.5])
+    (band,) = axes.collections
+    heights = np.asarray(band.get_paths()[0].vertices)[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.3 - 0.02**0.5, 0.5))
 
 
 def test_training_loss_shows_steps_and_their_running_mean(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -73,7 +83,8 @@ def test_losses_of_several_methods_have_scales_of_their_own(tmp_path: Path, draw
 
 @pytest.mark.parametrize("plot", [plots.plot_precision_recall, plots.plot_precision_at, plots.plot_training_loss])
 def test_nothing_to_draw_is_refused_and_writes_nothing(plot: Callable[..., None], tmp_path: Path) -> None:
-    for curves in ({}, {"a": ([1.0], [float("nan")])}):
+    nothing = [float("nan")] if plot is plots.plot_training_loss else [[float("nan")]]
+    for curves in ({}, {"a": ([1.0], nothing)}):
         with pytest.raises(UserError, match="nothing to draw in the plot 't'"):
             plot(curves, "t", tmp_path / "pr.png")
     assert list(tmp_path.iterdir()) == []
@@ -81,7 +92,7 @@ def test_nothing_to_draw_is_refused_and_writes_nothing(plot: Callable[..., None]
 
 def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
-        plots.plot_precision_at({"a": ([1], [0.5])}, "t", tmp_path / "missing" / "p.png")
+        plots.plot_precision_at({"a": ([1], [[0.5]])}, "t", tmp_path / "missing" / "p.png")
 
 
 def write_log(path: Path, *records: dict[str, Any]) -> Path:

@@ -48,6 +48,7 @@ def stopped_run(folder: Path, overrides: list[str]) -> None:
     runner._save_if_due = save_and_stop  # type: ignore[method-assign]
     with pytest.raises(StoppedError):
         runner.run()
+    assert runner.lock is not None
     runner.lock.release()
 
 
@@ -56,6 +57,7 @@ def go_on(config: Config) -> dict[str, torch.Tensor]:
     runner.setup(resume=True)
     runner.run()
     if is_main():
+        assert runner.lock is not None
         runner.lock.release()
     return runner.model.state_dict()
 
@@ -98,6 +100,7 @@ def test_other_settings_are_refused_with_every_key(tiny_overrides: list[str], tm
     runner = Runner(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, *changed]))
     with pytest.raises(UserError) as error:
         runner.setup(resume=True)
+    assert runner.lock is not None
     runner.lock.release()
     for part in ("model.top_k: 8 there, 3 now", "run.batch_size: 9 there, 10 now", "--save-dir"):
         assert part in str(error.value)

@@ -4,12 +4,15 @@ import csv
 import json
 import re
 import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import ROOT, refused, run
+from common.significance import paired_test
+from tests.commands import ROOT, refused, run, start
 from tests.test_runner import interrupted_at
 
 
@@ -26,6 +29,12 @@ def sweep(tmp_path: Path) -> Path:
 
 def settings(tiny_overrides: list[str]) -> list[str]:
     return [entry for entry in tiny_overrides if not entry.startswith(("model.bits", "run.epochs"))] + ["run.epochs=1"]
+
+
+def precisions(folder: Path) -> np.ndarray:
+    """Average precisions of every query of a run with 32 bits, texts asking for pictures."""
+    with np.load(folder / "ap-best.npz", allow_pickle=False) as arrays:
+        return np.asarray(arrays["32/t2i/mAP@all"])
 
 
 def test_a_sweep_survives_interruption_and_writes_one_table(
@@ -46,8 +55,21 @@ def test_a_sweep_survives_interruption_and_writes_one_table(
     expected = f"{centre:.4f} ± {spread:.4f}"
     table = (folder / "table.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith("| T→I | DCMHT"))
-    assert row.split("|")[4].strip() == expected
-    assert expected.replace("±", r"$\pm$") in (folder / "table.tex").read_text()
+    assert row.split("|")[4].strip(" *~") == expected
+    tex = (folder / "table.tex").read_text()
+    assert expected.replace("±", r"$\pm$") in tex and r"\toprule" in tex and tex.count(r"\textbf{") == 4 * 2
+    with open(folder / "summary.csv", newline="") as file:
+        found = next(row for row in csv.DictReader(file) if (row["metric"], row["direction"], row["bits"], row["model"])
+                     == ("mAP@all", "t2i", "32", "DCMHT"))  # fmt: skip
+    half = 12.7062047 * spread / 2**0.5  # Student's t with one degree of freedom
+    assert [float(found[name]) for name in ("mean", "std", "low95", "high95")] == pytest.approx(
+        [centre, spread, centre - half, centre + half]
+    )
+    both = [np.mean([precisions(folder / f"{model}-32bits-seed{seed}") for seed in (1, 2)], axis=0)
+            for model in ("DSPH", "DCMHT")]  # fmt: skip
+    if float(found["p_against_best"]) < 1:  # the other one is the best
+        assert float(found["p_against_best"]) == pytest.approx(paired_test(*both), abs=1e-4)
+    assert np.nanmean(precisions(folder / "DCMHT-32bits-seed1")) == pytest.approx(values[0], abs=1e-12)
     assert "8 queries" in table and "mAP@all" in table and "random codes" in out
     with open(folder / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -88,9 +110,68 @@ def test_one_failing_run_does_not_stop_the_others(sweep: Path, tmp_path: Path, t
         ("sweep: {configs: [a.yaml], bitz: [16], bits: [16], seeds: [1], save_dir: x}", "did you mean 'bits'"),
         ("sweep: {configs: [nothing.yaml], bits: [16], seeds: [1], save_dir: x}", "nothing.yaml"),
         ("sweep: {configs: [a.yaml], bits: [0], seeds: [1], save_dir: x}", "sweep.bits"),
+        ("sweep: {configs: [a.yaml], bits: [16], seeds: [1], save_dir: x, parallel: 0}", "sweep.parallel"),
+        ("sweep: {configs: [a.yaml], bits: [16], seeds: [1], save_dir: x, grid: {run.epochs: []}}", "sweep.grid"),
+        ("sweep: {configs: [a.yaml], bits: [16], seeds: [1], save_dir: x, split_seeds: []}", "sweep.split_seeds"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
     assert expected in refused("--config-file", file)
+
+
+def test_grid_and_split_seeds_make_runs_and_rows(sweep: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    entries = [*settings(tiny_overrides), f"sweep.configs=[{ROOT}/configs/DSPH/coco.yaml]", "sweep.bits=[16]"]
+    entries += ["sweep.seeds=[1]", "sweep.split_seeds=[1, 2]", "sweep.grid={optim.main.lr.head: [0.001, 0.0001]}"]
+    code, out, err = run("--config-file", sweep, *entries)
+    assert code == 0, err
+    folder = tmp_path / "sweep"
+    found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/results.json")}
+    assert sorted(found) == [
+        f"DSPH-16bits-seed1-optim.main.lr.head={rate}-split{split}" for rate in ("0.0001", "0.001") for split in (1, 2)
+    ]
+    assert len({results["split"]["fingerprint"] for results in found.values()}) == 2
+    for rate in ("0.001", "0.0001"):
+        assert re.search(rf"I→T +DSPH \(optim\.main\.lr\.head={rate}\) +0\.\d{{4}} ± 0\.\d{{4}}", out)
+    line = refused("--config-file", sweep, *entries, "sweep.grid={optim.main.lr.heat: [1]}")
+    assert "optim.main.lr" in line and "heat" in line
+    assert "two runs of the sweep would lie in" in refused("--config-file", sweep, *entries, "sweep.seeds=[1, 1]")
+
+
+def made(folder: Path) -> dict[str, list[int]]:
+    """How often each step of each run stands in its log."""
+    counts = {}
+    for log in folder.glob("*/log.jsonl"):
+        steps = [json.loads(line) for line in log.read_text().splitlines()]
+        counts[log.parent.name] = [step["step"] for step in steps if step["event"] == "step"]
+    return counts
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep_and_one_is_killed(sweep: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """No run is made twice, what the killed one left is finished, and the summary is that of a sweep left alone."""
+    entries = [*settings(tiny_overrides), "run.epochs=3"]
+    both = [start("--config-file", sweep, *entries) for _ in range(2)]
+    while len(made(tmp_path / "sweep")) < 3:
+        assert all(process.poll() is None for process in both), [process.communicate() for process in both]
+        time.sleep(0.05)
+    both[0].kill()
+    both[0].communicate()
+    _, err = both[1].communicate(timeout=250)
+    assert both[1].returncode == 0, err
+    assert all(steps == list(range(1, 16)) for steps in made(tmp_path / "sweep").values())
+    alone = tmp_path / "alone"
+    code, _, err = run("--config-file", sweep, *entries, f"sweep.save_dir={alone}")
+    assert code == 0, err
+    for name in ("table.csv", "summary.csv", "table.md"):
+        assert (alone / name).read_text() == (tmp_path / "sweep" / name).read_text()
+
+
+@pytest.mark.slow
+def test_runs_at_once(sweep: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    code, out, err = run("--config-file", sweep, *settings(tiny_overrides), "sweep.parallel=2", "sweep.bits=[16]")
+    assert code == 0, err
+    assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 4 and "random codes" in out
+    logs = [(tmp_path / "sweep" / f"process-{number}.log").read_text() for number in (1, 2)]
+    assert all("is done" in log or "another process is working on it" in log for log in logs)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,17 +18,19 @@ from common.errors import UserError
 from utils.files import atomic
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+Bundle = tuple[Sequence[float], Sequence[Sequence[float]]]  # x, y of every run
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _DASHES = ("-", "--", "-.", ":")
 
 
-def plot_precision_recall(curves: Mapping[str, Curve], title: str, path: Path) -> None:
+def plot_precision_recall(curves: Mapping[str, Bundle], title: str, path: Path) -> None:
     """Precision over recall, both on [0, 1].
 
     Args:
-        curves: Name of a method (or direction) -> (recall, precision); points that are NaN are left out.
+        curves: Name of a method (or direction) -> (recall, precision of every run); points that are NaN are left out.
+            Of several runs the mean is drawn, in a band of one standard deviation to either side.
         title: Data set, bits, direction.
         path: PNG file to write.
 
@@ -41,11 +44,11 @@ def plot_precision_recall(curves: Mapping[str, Curve], title: str, path: Path) -
     _save(figure, path)
 
 
-def plot_precision_at(curves: Mapping[str, Curve], title: str, path: Path) -> None:
+def plot_precision_at(curves: Mapping[str, Bundle], title: str, path: Path) -> None:
     """Precision among the first N results.
 
     Args:
-        curves: Name -> (N, precision@N).
+        curves: Name -> (N, precision@N of every run), as for `plot_precision_recall`.
         title: Data set, bits, direction.
         path: PNG file to write.
 
@@ -136,9 +139,15 @@ def _style(axes: Axes, x: str, y: str, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw(axes: Axes, curves: Mapping[str, Curve]) -> None:
-    _require_points(curves, axes.get_title())
-    finite = {name: _finite(curve) for name, curve in curves.items()}
+def _draw(axes: Axes, curves: Mapping[str, Bundle]) -> None:
+    means: dict[str, Curve] = {name: (xs, np.mean(runs, axis=0).tolist()) for name, (xs, runs) in curves.items()}
+    _require_points(means, axes.get_title())
+    finite = {name: _finite(curve) for name, curve in means.items()}
+    for number, (xs, runs) in enumerate(curves.values()):
+        if len(runs) > 1:
+            middle, spread = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1)
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.fill_between(xs, middle - spread, middle + spread, color=colour, alpha=0.2, linewidth=0)
     for number, (name, (xs, ys)) in enumerate(finite.items()):
         axes.plot(
             xs,

@@ -1,0 +1,99 @@
+"""Whether a difference between methods is more than luck: intervals over seeds, paired tests over queries."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Array = npt.NDArray[np.float64]
+DRAWS = 9999  # sign flips of a paired test
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Several runs' values of one number.
+
+    Attributes:
+        count: Number of runs n.
+        mean: Their mean.
+        deviation: Standard deviation, divided by n - 1; NaN of one run.
+        low: Lower end of the 95 % interval of the mean, from Student's t with n - 1 degrees of freedom; NaN of one run.
+        high: Its upper end.
+    """
+
+    count: int
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean, deviation and interval of at least one value."""
+    array = np.asarray(values, dtype=np.float64)
+    count, mean = len(array), float(array.mean())
+    if count == 1:
+        return Summary(1, mean, float("nan"), float("nan"), float("nan"))
+    deviation = float(array.std(ddof=1))
+    half = float(stats.t.ppf(0.975, count - 1)) * deviation / count**0.5
+    return Summary(count, mean, deviation, mean - half, mean + half)
+
+
+def paired_test(a: Array, b: Array, draws: int = DRAWS, seed: int = 0) -> float:
+    """Two-sided p-value of "the two methods are alike", from their values on the same queries.
+
+    Under it each query's difference might as well have the other sign, so the mean difference is compared with those of
+    random flips.
+
+    Args:
+        a: Values of one method, [Q].
+        b: Of the other, [Q]; NaN in both where a query has none.
+        draws: Flips drawn; all 2^Q where they are fewer.
+        seed: Of the draws.
+
+    Returns:
+        In (0, 1].
+
+    Raises:
+        ValueError: If no query has a value in both.
+
+    Source:
+        Smucker, Allan, Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval
+        Evaluation", CIKM 2007, the randomisation test.
+    """
+    differences = (a - b)[~np.isnan(a - b)]
+    if len(differences) == 0:
+        raise ValueError("no query has a value of both methods")
+    if not differences.any():
+        return 1.0
+
+    def mean(one: Array, axis: int) -> Any:
+        return one.mean(axis=axis)
+
+    result = stats.permutation_test(
+        (differences,),
+        mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=draws,
+        batch=max(1, 10**7 // len(differences)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p-values of a family of tests, so that any false alarm among them is as rare as one test's.
+
+    Source:
+        Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 6, 1979.
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
