@@ -47,10 +47,9 @@ class RunFolder:
         return numbers
 
     @property
-    def split(self) -> str:
+    def fingerprint(self) -> str:
         """Fingerprint of the split that it was trained and evaluated on."""
-        fingerprint: str = self.results["split"]["fingerprint"]
-        return fingerprint
+        return str(self.results["split"]["fingerprint"])
 
     def precisions(self, name: str) -> Array | None:
         """Average precisions of every query, [Q], by `<bits>/<direction>/<metric>`; None of a run that kept none."""
@@ -149,8 +148,8 @@ def _compared(ours: Sequence[RunFolder], theirs: Sequence[RunFolder], name: str)
     Of several seeds on a split, a query's value is the mean over them.
     """
     pairs = []
-    for split in dict.fromkeys(run.split for run in ours):
-        sides = [[run.precisions(name) for run in side if run.split == split] for side in (ours, theirs)]
+    for split in dict.fromkeys(run.fingerprint for run in ours):
+        sides = [[run.precisions(name) for run in side if run.fingerprint == split] for side in (ours, theirs)]
         known = [[value for value in side if value is not None] for side in sides]
         if all(known):
             pairs.append([np.mean(side, axis=0) for side in known])
@@ -181,7 +180,7 @@ def _caption(runs: Sequence[RunFolder], metric: str, cells: Cells) -> str:
     """What the numbers are: nobody should have to guess."""
     first = runs[0].results
     split, seeds = first["split"], sorted({run.results["seed"] for run in runs})
-    splits = ", ".join(dict.fromkeys(run.split for run in runs))
+    splits = ", ".join(dict.fromkeys(run.fingerprint for run in runs))
     several = any(cell.found.count > 1 for cell in cells.values())
     spread = "mean ± standard deviation over" if several else "one run with"
     marks = ""
