@@ -37,6 +37,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside its own YAML, which every
         {"hessian": "contrastive", "max_pairs": 20, "average_samples": True, "eval_samples": 0},
         {"strict_triplets": True, "train_samples": 1},
     ],
+    "DPSIH": [
+        {"instances": 1},
+        {"mask_padding": True, "patch_norm": "once", "auxiliary_reduction": "mean", "residual_dropout": 0.5},
+    ],
     "DSPH": [{"threshold": 0.1}],
     "MITH": [{"activation": "relu"}, {"res_mlp_layers": 0}, {"transformer_layers": 0}, {"dropout": 0.5}],
     "TwDH": [

@@ -35,6 +35,7 @@ CASES = [  # golden file, settings of its variant, start of the names that the a
     ("DNcH-qinlab-b16B8C24s3203", ["model.bits=16"], "cls2emb."),
     ("DDWSH-original-b16B8C24s3403", ["model.bits=16"], "criterion."),
     ("DGHDGH-original-b16B8C24s3201", ["model.bits=16"], "criterion."),
+    ("DPSIH-original-b16B8C24s3301", ["model.bits=16"], None),
     ("DIMCH-unified-b64B13C80s2101", ["model.bits=64", "model.set_size=8"], None),
     (
         "UMoED-unified-b16B8C24s2202",

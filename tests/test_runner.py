@@ -166,7 +166,7 @@ def assert_same_codes(npz: Path, mat: Path, bits: int) -> None:
     with np.load(npz, allow_pickle=False) as arrays:
         matrices = scipy.io.loadmat(mat)
         for key in ("q_img", "q_txt", "r_img", "r_txt"):
-            assert set(np.unique(arrays[key])) <= {-1, 1} and arrays[key].shape[1] >= bits
+            assert set(np.unique(arrays[key])) <= {-1, 1} and arrays[key].shape[-1] >= bits
             assert np.array_equal(arrays[key], matrices[key])
         assert np.array_equal(arrays["q_l"], matrices["q_l"])
 

@@ -173,7 +173,11 @@ class ImageTower(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Last normalisation and projection of tokens [..., W] into the joint space, [..., E]."""
-        return (self.ln_post(x) @ self.proj).to(self.proj.dtype)
+        return self.join(self.ln_post(x))
+
+    def join(self, x: Tensor) -> Tensor:
+        """Projection of tokens after the last normalisation, [..., W], into the joint space, [..., E]."""
+        return (x @ self.proj).to(self.proj.dtype)
 
 
 class CLIP(nn.Module):
@@ -247,6 +251,21 @@ class CLIP(nn.Module):
         """
         return self._by_parts(lambda rows, _: self.visual.project(self.visual(rows)), image)
 
+    def image_states(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features, and every token of pictures after the last normalisation, before the projection.
+
+        Args:
+            image: Normalised pixels, [B, 3, R, R].
+
+        Returns:
+            What `image_features` returns, [B, E], and all tokens, [B, 1+P, W], the class token first.
+
+        Raises:
+            UserError: If the pictures are not of the size R of `shape`.
+        """
+        states = self._by_parts(lambda rows, _: self.visual.ln_post(self.visual(rows)), image)
+        return self.visual.join(states[:, 0]), states
+
     def text_features(self, ids: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Pooled features of texts.
 
@@ -294,6 +313,21 @@ class CLIP(nn.Module):
         tokens = self._by_parts(projected, ids, key_padding_mask)
         return _at_end_of_text(tokens, ids), tokens
 
+    def text_states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features, and every token of texts after the last normalisation, before the projection.
+
+        Args:
+            ids: Token ids, [B, L] int64, L at most the context length.
+
+        Returns:
+            What `text_features` returns, [B, E], and all tokens, [B, L, W], padding included.
+
+        Raises:
+            UserError: If the texts are longer than the context.
+        """
+        states = self._by_parts(lambda rows, _: self.ln_final(self._text_tower(rows, None)), ids)
+        return self._join_text(_at_end_of_text(states, ids)), states
+
     def _by_parts(self, tower: Callable[..., Tensor], rows: Tensor, mask: Tensor | None = None) -> Tensor:
         """`tower(rows, mask)` of rows [B, ...] and a mask of the same rows, computed in `parts` parts; [B, ...]."""
         if self.parts == 1 or not torch.is_grad_enabled() or len(rows) < 2:  # an export knows no number of rows
@@ -325,7 +359,11 @@ class CLIP(nn.Module):
 
     def _project_text(self, x: Tensor) -> Tensor:
         """Last normalisation and projection of tokens [..., W] into the joint space, [..., E]."""
-        return (self.ln_final(x) @ self.text_projection).to(self.text_projection.dtype)
+        return self._join_text(self.ln_final(x))
+
+    def _join_text(self, x: Tensor) -> Tensor:
+        """Projection of tokens after the last normalisation, [..., W], into the joint space, [..., E]."""
+        return (x @ self.text_projection).to(self.text_projection.dtype)
 
 
 def _at_end_of_text(tokens: Tensor, ids: Tensor) -> Tensor:
