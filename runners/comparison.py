@@ -101,11 +101,13 @@ class Cell:
         p: Of the paired test against the best of the column, after Holm; 1 for the best itself, None where no queries'
             precisions are there.
         best: Whether it is the best of its column, which has others.
+        alone: Whether the column has no other method.
     """
 
     found: Summary
     p: float | None
     best: bool
+    alone: bool
 
     @property
     def tied(self) -> bool:
@@ -114,7 +116,8 @@ class Cell:
 
     def __str__(self) -> str:
         spread = f" ± {self.found.deviation:.4f}" if self.found.count > 1 else ""
-        return f"{self.found.mean:.4f}{spread}{' *' if self.best else ' ~' if self.tied else ''}"
+        mark = " *" if self.best else " ~" if self.tied else " ?" if self.p is None and not self.alone else ""
+        return f"{self.found.mean:.4f}{spread}{mark}"
 
 
 Cells = dict[tuple[str, int, str], Cell]  # direction, bits, model
@@ -134,7 +137,7 @@ def _cells(runs: Sequence[RunFolder], metric: str) -> Cells:
         adjusted = dict(zip(known, holm(list(known.values())), strict=True))
         for model, numbers in found.items():
             p = 1.0 if model == best and others else adjusted.get(model)
-            cells[direction, bits, model] = Cell(numbers, p, best=model == best and bool(others))
+            cells[direction, bits, model] = Cell(numbers, p, best=model == best and bool(others), alone=not others)
     return cells
 
 
@@ -188,8 +191,11 @@ def _caption(runs: Sequence[RunFolder], metric: str, cells: Cells) -> str:
         marks = "; * the best of its column"
     if any(cell.p is not None for cell in cells.values()):
         marks += (
-            f", ~ not distinguishable from it (paired permutation test over queries, Holm over the column, {LEVEL:.0%})"
+            f", ~ not distinguishable from it (paired permutation test over the queries of these runs, Holm over the "
+            f"column, {LEVEL:.0%}; another training may differ by more)"
         )
+    if any(cell.p is None and not cell.alone for cell in cells.values()):
+        marks += ", ? not compared: no query in common"
     return (
         f"{metric} ({_meaning(metric)}) on {first['dataset']}: "
         f"{split['query']} queries, {split['database']} database items, split {splits}; "

@@ -1,8 +1,8 @@
 """Several runs on one data set: methods x code lengths x seeds and whatever else, then one table and the curves.
 
 A sweep is a YAML with one section, `sweep:`. Finished runs are skipped, interrupted ones go on, and a run that fails
-does not stop the others. Any number of processes, on any number of machines that share the folder, may work on one
-sweep: a run belongs to whoever locks its folder, and is free again when that process ends, however it does.
+does not stop the others. Any number of processes may work on one sweep: a run belongs to whoever locks its folder, and
+is free again when that process ends, however it does. On several machines their file system must pass locks on.
 """
 
 import itertools
@@ -74,6 +74,15 @@ class Sweep:
         self._command = ["--config-file", str(path), *(f"--import={file}" for file in imports), *overrides]
         self.planned: list[Config] = []
         self._rows: list[str] = []  # of the table, beside the method's name
+        taken = {
+            "model.bits": "bits",
+            "run.seed": "seeds",
+            "dataset.split.seed": "split_seeds",
+            "run.save_dir": "save_dir",
+        }
+        for key in sweep.grid:
+            if key in taken:
+                raise UserError(f"{path}: sweep.grid names {key}, which sweep.{taken[key]} sets; name its values there")
         shared = [entry for entry in overrides if entry not in own]
         splits = [[]] if sweep.split_seeds is None else [[f"dataset.split.seed={seed}"] for seed in sweep.split_seeds]
         choices = [[(key, value) for value in values] for key, values in sweep.grid.items()]
@@ -207,7 +216,7 @@ class Sweep:
 
 def _short(value: Any) -> str:
     """A value of a grid as the table and the folder show it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _written(value: Any) -> str:

@@ -136,7 +136,21 @@ def test_grid_and_split_seeds_make_runs_and_rows(sweep: Path, tmp_path: Path, ti
         assert re.search(rf"I→T +DSPH \(optim\.main\.lr\.head={rate}\) +0\.\d{{4}} ± 0\.\d{{4}}", out)
     line = refused("--config-file", sweep, *entries, "sweep.grid={optim.main.lr.heat: [1]}")
     assert "optim.main.lr" in line and "heat" in line
+    line = refused("--config-file", sweep, *entries, "sweep.grid={run.seed: [5, 6]}")
+    assert "sweep.grid names run.seed, which sweep.seeds sets" in line
     assert "two runs of the sweep would lie in" in refused("--config-file", sweep, *entries, "sweep.seeds=[1, 1]")
+
+
+def test_methods_without_a_query_in_common_are_not_compared(
+    sweep: Path, tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    """DCMHT's and MITH's settings name different splits of COCO; nothing is said of what was not tested."""
+    sweep.write_text(sweep.read_text().replace("DSPH", "MITH"))
+    code, out, err = run("--config-file", sweep, *settings(tiny_overrides), "sweep.bits=[16]", "sweep.seeds=[1]")
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if re.match("I→T|T→I", line)]
+    assert sum(row.endswith("*") for row in rows) == 2 and sum(row.endswith("?") for row in rows) == 2, rows
+    assert "? not compared: no query in common" in out
 
 
 def made(folder: Path) -> dict[str, list[int]]:
