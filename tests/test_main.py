@@ -424,7 +424,7 @@ def test_evaluating_needs_no_config_for_our_own_checkpoints(trained: Path, tmp_p
     code, out, err = run("--evaluate", trained / "best.pt", "--save-dir", tmp_path / "out")
     assert code == 0, err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "codes-best.mat", "codes-best.npz", "evaluation-best.json"]  # fmt: skip
+        "ap-best.npz", "codes-best.mat", "codes-best.npz", "evaluation-best.json"]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- bad input: folders
