@@ -220,7 +220,8 @@ class DPSIH(TanhHashingModel):
 
     def binarise(self, relaxed: Tensor) -> Tensor:
         """Instances [B, n, K] -> codes [B, n, K], or [B, K] for n = 1."""
-        return super().binarise(relaxed).view(len(relaxed), *self.code_shape)
+        codes = super().binarise(relaxed)
+        return codes if self.codes_per_item > 1 else codes.squeeze(1)
 
     def encode_image(self, batch: Batch) -> Tensor:
         """Codes of pictures, [B, *code_shape]."""
