@@ -379,7 +379,7 @@ def test_openmoji_ranks_as_the_evaluation(tmp_path: Path, tiny_overrides: list[s
     code, _, err = run(
         "--config-file", "configs/MITH/config.yaml", "--save-dir", tmp_path / "run", backbone, "dataset.image_size=32",
         f"dataset.root={tmp_path / 'openmoji'}", "run.epochs=1", "evaluate.every=1", "run.device=cpu",
-        f"run.cache_dir={tmp_path / 'cache'}", "model.bits=16",
+        f"run.cache_dir={tmp_path / 'cache'}", "model.bits=16", "dataset.tokens=1024",
     )  # fmt: skip
     assert code == 0, err
     reports = json.loads((tmp_path / "run/results.json").read_text())["best"]["reports"]

@@ -183,11 +183,12 @@ def test_what_is_refused(tmp_path: Path, rows: list[dict[str, Any]], settings: t
 
 
 def read_a_million(path: Path) -> None:
-    start = time.monotonic()
+    # Time of the processor, memory beyond the parent's: others may be at work, and a fork begins with what it had.
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     data = opened(path)
     assert len(data) == 1_000_000 and data.labels.sum() == 2_000_000
-    assert time.monotonic() - start < 60
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20  # KB
+    assert time.process_time() - start < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20  # KB
 
 
 @pytest.mark.slow
