@@ -1,5 +1,6 @@
 """Making an index, keeping it up to date, and asking it, through the command line."""
 
+import itertools
 import json
 import os
 import random
@@ -344,9 +345,13 @@ def test_rows_without_an_index_file_are_no_ones(trained: Path, photos: Path, tmp
 def test_sigkill_at_any_moment(trained: Path, tmp_path: Path) -> None:
     """Twenty kills while pictures and texts come and go: the next run completes, and work done is not lost."""
     photos, killed = tmp_path / "photos", tmp_path / "killed"
-    lines = photos / "lines.txt"
-    for number in range(400):
-        add_picture(photos, number)
+    lines, made = photos / "lines.txt", itertools.count()
+
+    def more_pictures(count: int) -> None:
+        for _ in range(count):
+            add_picture(photos, next(made))
+
+    more_pictures(400)
     lines.write_text("".join(f"text {number}\n" for number in range(400)))
     settings = ("search.batch_size=4", "search.save_every=4")
     arguments = ("--index", str(trained), "--input", str(photos), str(lines), "--save-dir", str(killed), *settings)
@@ -357,13 +362,15 @@ def test_sigkill_at_any_moment(trained: Path, tmp_path: Path) -> None:
         if process.exitcode is None:
             kills += 1
             process.kill()
+        else:  # all was done: without more to do, no later one would be killed at work
+            more_pictures(100)
         process.join()
         if (killed / "index.json").exists():
             with Index.open(killed) as opened:
                 done.append(len(opened))
         if kills in (8, 14):  # in between the folder changes
             (photos / f"{kills}.png").unlink(missing_ok=True)
-            add_picture(photos, 900 + kills, str(20 + kills))
+            more_pictures(1)
     assert len(done) > 10 and all(later >= earlier - 2 for earlier, later in zip(done, done[1:], strict=False))
     index(trained, killed, photos, lines, settings=settings)
     index(trained, tmp_path / "whole", photos, lines, settings=settings)

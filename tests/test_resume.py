@@ -16,6 +16,7 @@ from tests.processes import run_processes
 from tests.test_equivalence import SCHEDULE, config_of, losses, train
 from tests.test_runner import arguments, assert_same_state, final_state, wait_for_step
 from utils.distributed import is_main
+from utils.logging import Record
 
 METHOD = "MITH"  # it has memory banks
 OFTEN = ["run.checkpoint_every=2", "run.loader=workers"]
@@ -79,6 +80,15 @@ def test_a_damaged_record_keeps_no_run_from_going_on(whole: Path, tiny_overrides
     state = go_on(config_of(METHOD, tmp_path, [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=0"]))
     assert_same_state(final_state(whole), state)
     assert losses(tmp_path) == losses(whole)
+
+
+def test_begun_anew_a_run_records_nothing_twice(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time after a kill before the first checkpoint
+        record = Record(tmp_path, upto=0)
+        record.write("untrained", 0, {})
+        record.write("step", 1, {})
+        record.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(

@@ -45,8 +45,8 @@ class Record:
         if upto == 0:
             for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
-        if self._path.exists():
-            kept = (line for line in self._lines() if _is_before(line, upto))
+        if self._path.exists():  # at 0, what was measured before the first step comes again, too
+            kept = (line for line in self._lines() if upto and _is_before(line, upto))
             write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self._board: Any = None
