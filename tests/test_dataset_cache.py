@@ -202,6 +202,7 @@ def test_no_cache_is_built_for_texts(oblong: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- kills and company
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_then_run_again_gives_identical_bytes(paths: list[str], tmp_path: Path) -> None:
     start = time.perf_counter()
     build(paths, tmp_path / "whole")

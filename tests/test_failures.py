@@ -52,7 +52,8 @@ def errors(err: str) -> list[str]:
     return [line for line in err.splitlines() if "error: " in line and "torch/distributed" not in line]
 
 
-@pytest.mark.parametrize("launcher", ["distribute", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["distribute", "torchrun"])
 def test_an_error_of_one_process_is_said_once_and_ends_all(
     launcher: str, tmp_path: Path, tiny_overrides: list[str]
 ) -> None:
@@ -67,7 +68,8 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(
     assert "gloo" not in err and "GLHF" not in err and 'main.py", line' not in err, err
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("distribute", marks=pytest.mark.slow), "torchrun"])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["distribute", "torchrun"])
 def test_sigterm_leaves_a_resumable_checkpoint(launcher: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
     """Torchrun sends its signals to the whole group of a process, which loader processes must not belong to."""
     process = start_two(launcher, tmp_path / "run", [*tiny_overrides, *LONG, *WORKERS])

@@ -282,6 +282,7 @@ def test_the_text_is_the_one_that_evaluation_takes(root: Path) -> None:
         assert torch.equal(ids, tokenize(texts, config.dataset.text_length))
 
 
+@pytest.mark.slow
 def test_killed_while_captioning_then_run_again(blip: Path, root: Path) -> None:
     assert captioned(blip, root) == 0
     whole = (root / "image_caption.mat").read_bytes()

@@ -176,6 +176,7 @@ def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_killed_then_made_by_two_processes_at_once(openmoji: Path, tmp_path: Path) -> None:
     """Nothing half made is ever seen, one process makes the data set, with the same bytes on any number of workers."""
     root = tmp_path / "openmoji"

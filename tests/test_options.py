@@ -140,6 +140,7 @@ def test_options_train_and_encode(method: str, options: dict[str, Any], tmp_path
         assert torch.equal(alone[:, -model.bits :], codes[4:5, -model.bits :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", MODELS.names())
 def test_processes_train_as_one(method: str, tmp_path: Path) -> None:
     every = [{**options, **with_dropout(method, 0.3)} for options in settings(method)]
