@@ -201,6 +201,10 @@ class Loader:
         jobs = [Job(rows, View.SQUASHED, None) for rows in torch.split(self.own_rows, self.batch_size)]
         yield from self._batches(jobs, 0, Purpose.EVALUATE_CAPTION)
 
+    def close(self) -> None:
+        """Ends what reads pictures for it; no pass is asked for any more."""
+        self.source.close()
+
     def _batches(self, jobs: list[Job], epoch: int, purpose: Purpose) -> Iterator[Batch]:
         pictures: Iterator[list[Tensor]] = self.source.batches(jobs) if self.groups else iter([[] for _ in jobs])
         for job, tensors in zip(jobs, pictures, strict=True):

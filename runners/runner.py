@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -117,7 +118,7 @@ class Runner:
             Interrupted: After Ctrl-C or SIGTERM, once a resumable checkpoint is written.
             UserError: If the loss is not finite.
         """
-        with StopRequest() as self.stop:
+        with StopRequest() as self.stop, closing(self.train_loader):
             self.record = None
             if is_main():
                 self.record = Record(self.folder, upto=self.state.step)

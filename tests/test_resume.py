@@ -1,6 +1,7 @@
 """A run that was stopped and goes on: the weights of one that never stopped, to the last bit."""
 
 import logging
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -47,8 +48,10 @@ def stopped_run(folder: Path, overrides: list[str]) -> None:
             raise StoppedError
 
     runner._save_if_due = save_and_stop  # type: ignore[method-assign]
+    before = set(multiprocessing.active_children())
     with pytest.raises(StoppedError):
         runner.run()
+    assert set(multiprocessing.active_children()) <= before  # the loader's processes ended with the run
     assert runner.lock is not None
     runner.lock.release()
 

@@ -35,3 +35,7 @@ class PictureSource(Protocol):
     def batches(self, jobs: Sequence[Job]) -> Iterator[list[Tensor]]:
         """For every job and every list of picture numbers one normalised tensor on the device, [B, 3, R, R]."""
         ...
+
+    def close(self) -> None:
+        """Ends what works for it; no pass is asked for any more."""
+        ...

@@ -168,6 +168,9 @@ class MemorySource:
                 self.memory.fill()
             yield [self._batch(job, holding, place[job.rows]) for holding in holdings]
 
+    def close(self) -> None:
+        """Nothing to do: the pictures stay, since other splits of the data set share them."""
+
     def _batch(self, job: Job, holding: Holding, places: Tensor) -> Tensor:
         pixels = holding.pixels[places.to(holding.pixels.device)]
         if job.draws is None:

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class WorkerSource:
     ) -> None:
         self.device = device
         self._jobs = _JobList()
-        self._loader = DataLoader(
+        self._results: Iterator[list[Tensor] | str] | None = None  # of the present pass
+        self._loader: DataLoader[Any] | None = DataLoader(
             _JobPictures(pictures, numbers, size),
             batch_size=None,
             sampler=self._jobs,
@@ -59,10 +61,11 @@ class WorkerSource:
             UserError: If a picture cannot be read, or a worker was killed.
         """
         self._jobs.jobs = jobs
-        results = iter(self._loader)
-        while True:
+        assert self._loader is not None, "closed"
+        self._results = iter(self._loader)
+        while self._results is not None:
             try:
-                result = next(results)
+                result = next(self._results)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -75,6 +78,14 @@ class WorkerSource:
             if isinstance(result, str):
                 raise UserError(result)
             yield [normalise(pixels.to(self.device, non_blocking=True)) for pixels in result]
+
+    def close(self) -> None:
+        """Ends the workers; a pass that is not over gives no more.
+
+        They end when nothing holds torch's iterator. The garbage collector closes their pipes first, and then each is
+        waited for, five seconds long.
+        """
+        self._results = self._loader = None
 
 
 class _JobList(Sampler[Job]):
