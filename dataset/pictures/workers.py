@@ -61,7 +61,8 @@ class WorkerSource:
             UserError: If a picture cannot be read, or a worker was killed.
         """
         self._jobs.jobs = jobs
-        assert self._loader is not None, "closed"
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
         self._results = iter(self._loader)
         while self._results is not None:
             try:
