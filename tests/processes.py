@@ -66,4 +66,5 @@ def _run(rank: int, count: int, folder: str, function: Callable[..., Any], argum
     try:
         torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a whole run leaves its group itself
+            dist.destroy_process_group()

@@ -41,6 +41,7 @@ def test_networks_give_the_evaluations_codes(method: str, tmp_path: Path, tiny_o
         assert given.type == {"float32": "tensor(float)", "int64": "tensor(int64)"}[part["input"]["type"]]
 
 
+@pytest.mark.slow
 def test_a_picture_by_its_description_alone(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """What `model.json` says is enough to feed the network; --input names what is compared."""
     dataset, *_ = saved(configured("DSPH", tiny_overrides), tmp_path / "best.pt")

@@ -97,10 +97,9 @@ def test_ctrl_c_reaches_all_processes_once(tmp_path: Path, tiny_overrides: list[
     assert_gone(pids)
 
 
-@pytest.mark.parametrize(
-    ("victim", "loader"), [(1, WORKERS), pytest.param(0, WORKERS, marks=pytest.mark.slow),
-                           pytest.param(0, [], marks=pytest.mark.slow), pytest.param(1, [], marks=pytest.mark.slow)]
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", [WORKERS, []])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_all(victim: int, loader: list[str], tmp_path: Path, tiny_overrides: list[str]) -> None:
     """In 10 seconds, though its loader processes hold its connections, too."""
     process = start_two("distribute", tmp_path / "run", [*tiny_overrides, *LONG, *loader])

@@ -22,6 +22,7 @@ from common.config import load_config
 from common.errors import UserError
 from runners.commands import import_file
 from tests.commands import MAIN, ROOT, finish, refused, run, start
+from tests.processes import run_processes
 from utils.files import FolderLock
 
 MITH = ["--config-file", str(ROOT / "configs/MITH/coco.yaml")]
@@ -165,20 +166,11 @@ def toy(tmp_path: Path) -> list[str]:
 def test_a_method_from_outside_trains(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """One file and one YAML outside the tree; in a process of its own, since names are registered once."""
     settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
-    command = [
-        sys.executable,
-        "main.py",
-        *toy(tmp_path),
-        "--save-dir",
-        str(tmp_path / "run"),
-        *settings,
-        "run.epochs=8",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Toy on tiny" in done.stdout
-    listed = subprocess.run([*command[:4], "--list"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "Linear codes of pixels and words." in listed.stdout
+    own = toy(tmp_path)
+    ((code, out, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings, "run.epochs=8")
+    assert code == 0 and "Toy on tiny" in out, err
+    ((code, out, err),) = run_processes(run, 1, *own[:2], "--list")
+    assert code == 0 and "Linear codes of pixels and words." in out, err
 
 
 def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:

@@ -471,14 +471,10 @@ def test_scan_forgets_nothing_of_other_protocols(tmp_path: Path) -> None:
 
 
 def test_started_as_a_script(tmp_path: Path) -> None:
+    """From another folder, where its mistakes are a line, too."""
     source = source_of("coco", tmp_path)
-    command = [sys.executable, str(REPOSITORY / "data/make_coco.py"), "--source", str(source)]
-    done = subprocess.run(
-        [*command, "--root", str(tmp_path / "root")], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "MS COCO 2017, protocol dcmht" in done.stdout and (tmp_path / "root/label.mat").exists()
     shutil.rmtree(source / "annotations")
+    command = [sys.executable, str(REPOSITORY / "data/make_coco.py"), "--source", str(source)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")

@@ -198,6 +198,7 @@ def write_recipe(path: Path, overrides: list[str]) -> None:
     path.write_text(load_config(path, overrides).to_yaml())
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_resumable_checkpoint(tmp_path: Path, tiny_overrides: list[str]) -> None:
     process = start(*arguments("DCMHT", tmp_path / "run", tiny_overrides, "run.epochs=500"))
     wait_for_step(tmp_path / "run", 8, process)
@@ -209,6 +210,7 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(tmp_path: Path, tiny_overrides: li
     assert checkpoint.meta["state"]["step"] == len(losses(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_changes_nothing(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """Killed again and again, checkpoint writing included, and resumed each time: the undisturbed run's weights."""
     settings = [*tiny_overrides, "run.checkpoint_every=1", "run.epochs=3"]
