@@ -178,7 +178,7 @@ def test_archives_that_claim_more_than_they_hold(tmp_path: Path, monkeypatch: py
             archive.writestr(name, content)
     with pytest.raises(UserError, match="decompression bomb"):
         read_code_file(path)
-    monkeypatch.setattr("dataset.mat_reader._FLOOR", 2**16)
+    monkeypatch.setattr("dataset.mat_bounds.FLOOR", 2**16)
     np.savez_compressed(tmp_path / "bomb.npz", **{**arrays(), "q_img": np.ones((3, 1_000_000), np.int8)})
     with pytest.raises(UserError, match="decompression bomb"):
         read_code_file(tmp_path / "bomb.npz")
