@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import scipy.io
 from PIL import Image
+from torch import Tensor
 
+from common.errors import UserError
 from dataset.base import SplitConfig
 from dataset.mat import MatConfig, MatDataset
 
@@ -47,6 +50,9 @@ def smooth_picture(number: int, width: int, height: int) -> Image.Image:
 def captions_of(number: int) -> list[str]:
     """One to three captions."""
     return [f"picture number {number} shows a cat", "a dog and a cat", f"{number} birds"][: 1 + number % 3]
+
+
+TEXTS = [captions_of(number) for number in range(ITEMS)]
 
 
 def cells(rows: Sequence[Any]) -> Any:
@@ -90,3 +96,20 @@ def config(root: Path, **values: Any) -> MatConfig:
 def opened(root: Path, **values: Any) -> MatDataset:
     """The small data set, open."""
     return MatDataset(config(root, **values))
+
+
+def refused(match: str, root: Path, **values: Any) -> None:
+    """Opens the data set and checks that the mistake is reported in one line."""
+    with pytest.raises(UserError, match=match) as error:
+        opened(root, **values)
+    assert "\n" not in str(error.value)
+
+
+def captions_read(data: MatDataset) -> Tensor:
+    """All captions of all items, as token rows [captions, L] int64."""
+    return data.columns["train"]["text"].captions.tokens.long()
+
+
+def pixels_of(data: MatDataset, number: int) -> Any:
+    """The picture of an item, [H, W, 3] uint8."""
+    return np.array(data.pictures.read(number))

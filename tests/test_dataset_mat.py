@@ -1,10 +1,6 @@
-"""Reading of .mat data sets: every layout that is in use, and every mistake with its message."""
+"""Data sets in .mat files: every layout in use, every notation of labels, and every mistake with its message."""
 
-import json
-import os
 import pickle
-import struct
-import zlib
 from pathlib import Path
 
 import h5py
@@ -13,169 +9,14 @@ import pytest
 import scipy.io
 import scipy.sparse
 import torch
-from PIL import Image
 
-from common.errors import UserError
-from dataset.mat_reader import read_variable, text_rows
-from dataset.pictures.reading import PictureFiles, resolve_paths
-from dataset.texts.files import read_lines
-from dataset.texts.tokenizer import tokenize
 from tests import datasets
-
-ITEMS = datasets.ITEMS
-TEXTS = [datasets.captions_of(number) for number in range(ITEMS)]
+from tests.datasets import ITEMS, TEXTS, pixels_of, refused
 
 
 @pytest.fixture
 def root(tmp_path):
     return datasets.write(tmp_path / "data")
-
-
-def refused(match, root, **values):
-    """Opens the data set and checks that the mistake is reported in one line."""
-    with pytest.raises(UserError, match=match) as error:
-        datasets.opened(root, **values)
-    assert "\n" not in str(error.value)
-
-
-def captions_read(data):
-    """All captions of all items, as token rows."""
-    return data.columns["train"]["text"].captions.tokens.long()
-
-
-# ---------------------------------------------------------------------------------------------- texts
-
-
-def write_hdf5_texts(path: Path, key: str, rows: list[list[str]]) -> None:
-    """A cell array of cell arrays of characters, as MATLAB writes it to v7.3 files."""
-    with h5py.File(path, "w", userblock_size=512) as file:
-        references = file.create_group("#refs#")
-
-        def characters(text: str, name: str) -> h5py.Reference:
-            codes = np.frombuffer(text.encode("utf-16-le"), np.uint16).reshape(-1, 1)
-            data = references.create_dataset(name, data=codes if text else np.zeros(2, np.uint64))
-            data.attrs["MATLAB_class"] = np.bytes_("char")
-            if not text:
-                data.attrs["MATLAB_empty"] = np.uint8(1)
-            return data.ref
-
-        outer = np.empty((len(rows), 1), dtype=h5py.ref_dtype)
-        for number, texts in enumerate(rows):
-            inner = np.empty((len(texts), 1), dtype=h5py.ref_dtype)
-            for place, text in enumerate(texts):
-                inner[place, 0] = characters(text, f"{number}_{place}")
-            cell = references.create_dataset(str(number), data=inner, dtype=h5py.ref_dtype)
-            cell.attrs["MATLAB_class"] = np.bytes_("cell")
-            outer[number, 0] = cell.ref
-        data = file.create_dataset(key, data=outer, dtype=h5py.ref_dtype)
-        data.attrs["MATLAB_class"] = np.bytes_("cell")
-
-
-@pytest.mark.parametrize("key", ["caption", "tags", "YAll"])
-def test_caption_keys_and_cells(root, key):
-    scipy.io.savemat(root / "caption.mat", {key: datasets.cells(TEXTS), "other": np.eye(2)})
-    assert torch.equal(captions_read(datasets.opened(root)), tokenize(sum(TEXTS, []), 12))
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.array([texts[0] for texts in TEXTS]),  # as MITH: [N]
-        np.array([[texts[0]] for texts in TEXTS]),  # [N, 1]
-        np.array([[texts[0] for texts in TEXTS]]),  # [1, N]
-        datasets.cells([np.array([texts[0]], dtype=object) for texts in TEXTS]),  # cells in cells
-        datasets.cells([texts[0] for texts in TEXTS]).reshape(-1, 1),
-    ],
-    ids=["N", "Nx1", "1xN", "cells in cells", "Nx1 cells"],
-)
-def test_one_caption_per_item(root, array):
-    scipy.io.savemat(root / "caption.mat", {"caption": array})
-    assert torch.equal(captions_read(datasets.opened(root)), tokenize([texts[0] for texts in TEXTS], 12))
-
-
-def test_several_captions_per_row_and_blank_fillers(root):
-    rows = [[*texts, "", ""][:3] for texts in TEXTS]
-    scipy.io.savemat(root / "caption.mat", {"caption": np.array(rows)})
-    assert torch.equal(captions_read(datasets.opened(root)), tokenize(sum(TEXTS, []), 12))
-
-
-def test_text_file_keeps_empty_and_unusual_lines(root):
-    (root / "caption.mat").unlink()
-    lines = ["  a cat\x0b sits\u2028down ", "", *[f"line {number}" for number in range(2, ITEMS)]]
-    (root / "caption.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert torch.equal(captions_read(datasets.opened(root)), tokenize(lines, 12))
-
-
-@pytest.mark.parametrize("items", [1, 5])
-def test_a_single_item_is_told_by_dtype(items, tmp_path):
-    texts = [["first one", "second one"], ["third"], ["4"], ["5"], ["6"]][:items]
-    path = tmp_path / "caption.mat"
-    for array, expected in (
-        (datasets.cells(texts), texts),
-        (np.array([row[0] for row in texts]), [row[:1] for row in texts]),
-        (np.array([[*row, ""][:2] for row in texts]), texts),
-    ):
-        scipy.io.savemat(path, {"caption": array})
-        assert text_rows(read_variable(path, ["caption"], text=True).value, items) == expected
-
-
-def test_hdf5_cells_of_cells(root):
-    rows = [["", "snowman ☃ 😀"], *TEXTS[1:]]
-    write_hdf5_texts(root / "caption.mat", "caption", rows)
-    expected = ["snowman ☃ 😀", *sum(TEXTS[1:], [])]
-    assert torch.equal(captions_read(datasets.opened(root)), tokenize(expected, 12))
-
-
-def test_files_of_hdf5storage(root):
-    hdf5storage = pytest.importorskip("hdf5storage")
-    names = np.array([f"images/{number}.png" for number in range(ITEMS)])
-    for name, content in (
-        ("index.mat", {"index": names}),
-        ("caption.mat", {"caption": datasets.cells([np.array(texts, dtype=object) for texts in TEXTS])}),
-        ("label.mat", {"label": datasets.labels_of().astype(np.float64)}),
-    ):
-        (root / name).unlink()
-        hdf5storage.savemat(str(root / name), content, format="7.3", oned_as="column")
-        assert h5py.is_hdf5(root / name)
-    data = datasets.opened(root)
-    assert list(data.names) == names.tolist()
-    assert torch.equal(captions_read(data), tokenize(sum(TEXTS, []), 12))
-    assert data.labels.int().tolist() == datasets.labels_of().tolist()
-
-
-def test_variable_length_strings_of_h5py(root):
-    with h5py.File(root / "caption.mat", "w") as file:
-        file["caption"] = [texts[0] for texts in TEXTS]
-    assert torch.equal(captions_read(datasets.opened(root)), tokenize([texts[0] for texts in TEXTS], 12))
-
-
-def test_word_vectors_instead_of_captions(root):
-    words = (np.random.default_rng(0).random((ITEMS, 7)) < 0.5).astype(np.float64)
-    for stored in (words, words.T, scipy.sparse.csc_matrix(words)):
-        scipy.io.savemat(root / "caption.mat", {"YAll": stored})
-        data = datasets.opened(root)
-        assert data.offers("train") == {"image": (3, 16, 16), "labels": (4,), "bag_of_words": (7,)}
-        rows = data.columns["train"]["bag_of_words"].rows(torch.arange(3), torch.zeros(3))
-        assert rows.tolist() == words[data.splits.train[:3]].tolist()
-    np.save(root / "words.npy", words)
-    assert datasets.opened(root, captions=["words.npy"]).offers("query")["bag_of_words"] == (7,)
-
-
-def test_word_vectors_that_are_no_presence(root):
-    """Wikipedia's topics: the training list and the test list are two variables of one file."""
-    topics = np.random.default_rng(0).random((ITEMS, 10))
-    scipy.io.savemat(root / "raw_features.mat", {"I_tr": topics, "T_tr": topics[:18], "T_te": topics[18:]})
-    data = datasets.opened(root, captions=["raw_features.mat"])
-    rows = data.columns["query"]["bag_of_words"].rows(torch.arange(3), torch.zeros(3))
-    assert torch.equal(rows, torch.from_numpy(topics).float()[data.splits.query[:3]])
-    scipy.io.savemat(root / "raw_features.mat", {"T_tr": topics[:18], "T_te": topics[18:, :9]})
-    refused("T_tr and T_te differ in width", root, captions=["raw_features.mat"])
-    topics[3, 4] = np.nan
-    scipy.io.savemat(root / "caption.mat", {"YAll": topics})
-    refused("not finite", root)
-
-
-# ---------------------------------------------------------------------------------------------- DCMH layout
 
 
 def dcmh_arrays():
@@ -217,6 +58,8 @@ def coco(tmp_path):
 
 
 COCO_FILES = {"index": ["COCO.mat"], "captions": ["COCO_BoW.npy"], "labels": ["COCO.mat"]}
+
+
 COCO_SPLIT = {**datasets.SETTINGS["split"], "protocol": "lists", "query": 4, "train": 10}
 
 
@@ -249,9 +92,6 @@ def test_mistakes_in_listed_splits(coco, name, value, match):
         if value is not None:
             file[f"param/{name}"] = np.array(value)
     refused(match, coco, **COCO_FILES, split=COCO_SPLIT)
-
-
-# ---------------------------------------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize("key", ["category", "label", "labels", "LAll"])
@@ -293,13 +133,6 @@ def test_labels_stored_the_other_way_round(root):
         assert datasets.opened(root).labels.int().tolist() == datasets.labels_of().tolist()
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
-def pixels_of(data, number):
-    return np.array(data.pictures.read(number))
-
-
 @pytest.mark.parametrize("key", ["index", "imgs", "FAll"])
 def test_index_keys_and_padding(root, key):
     names = np.array([f"images/{number}.png   " for number in range(ITEMS)])
@@ -329,154 +162,6 @@ def test_pictures_inside_the_index(root):
     check(index=["pictures.npy"])
 
 
-@pytest.mark.parametrize(
-    "prefix", ["/home/them/coco/images/", "C:\\data\\images\\", "../../elsewhere/images/", "./images/", ""]
-)
-def test_paths_of_another_machine(root, prefix):
-    scipy.io.savemat(root / "index.mat", {"index": [f"{prefix}{number}.png" for number in range(ITEMS)]})
-    data = datasets.opened(root, image_root=None if prefix else str(root / "images"))
-    assert np.array_equal(pixels_of(data, 5), np.array(datasets.smooth_picture(5, 24, 24)))
-
-
-def test_longest_ending_wins_and_nothing_outside_the_root_is_read(tmp_path):
-    for name in ("a/b/1.png", "b/1.png", "1.png", "other/2.png"):
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).touch()
-    root = tmp_path / "root"
-    assert resolve_paths(["/x/a/b/1.png", "/x/y/b/1.png", "z/1.png"], root, "index") == [
-        str(root / "a/b/1.png"),
-        str(root / "b/1.png"),
-        str(root / "1.png"),
-    ]
-    (tmp_path / "secret.png").touch()
-    for outside in (str(tmp_path / "secret.png"), "../secret.png", "a/../../secret.png"):
-        with pytest.raises(UserError, match=r"secret\.png' \(row 0\) is not under .*root; .*set dataset\.image_root"):
-            resolve_paths([outside], root, "index")
-    assert resolve_paths([str(root / "other/2.png")], Path("/"), "index") == [str(root / "other/2.png")]
-    with pytest.raises(UserError, match=r"'p/1.png' and 'q/1.png' both lead to .*image_root"):
-        resolve_paths(["p/1.png", "q/1.png"], root, "index")
-
-
-def test_modes_become_rgb_and_exif_is_left(tmp_path):
-    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated
-    paths = []
-    for mode, suffix in (("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png")):
-        paths.append(str(tmp_path / f"{mode}.{suffix}"))
-        grey.convert(mode).save(paths[-1])
-    paths.append(str(tmp_path / "rotated.jpg"))
-    Image.new("RGB", (10, 6)).save(paths[-1], exif=exif)
-    pictures = [PictureFiles(paths, "index").read(number) for number in range(len(paths))]
-    assert all(picture.mode == "RGB" for picture in pictures)
-    assert pictures[-1].size == (10, 6)
-
-
-# ---------------------------------------------------------------------------------------------- further fields
-
-
-def sentences():
-    return [f"a drawing of thing {number}" for number in range(ITEMS)]
-
-
-def write_image_captions(root: Path, form: str) -> None:
-    if form == "char matrix":
-        scipy.io.savemat(root / "image_caption.mat", {"image_caption": sentences()})
-    elif form == "column":
-        scipy.io.savemat(root / "image_caption.mat", {"image_caption": np.array(sentences())[:, None]})
-    elif form == "cells":
-        scipy.io.savemat(root / "image_caption.mat", {"image_caption": datasets.cells(sentences())})
-    elif form == "text":
-        (root / "image_caption.txt").write_text("\n".join(sentences()), encoding="utf-8")
-    else:
-        entries = [
-            {"id": number if number % 2 else f"images/{number}.png", "caption": text}
-            for number, text in enumerate(sentences())
-        ]
-        lines = [json.dumps(entry) for entry in reversed(entries)]
-        (root / "image_caption.jsonl").write_text("\n".join(lines), encoding="utf-8")
-
-
-@pytest.mark.parametrize("form", ["char matrix", "column", "cells", "text", "json lines"])
-def test_image_captions_and_counterparts(root, form):
-    write_image_captions(root, form)
-    data = datasets.opened(root)
-    counterparts = {"counterpart_image", "counterpart_caption"}
-    assert all(data.offers(split)["image_caption"] == (12,) for split in ("query", "train", "database"))
-    assert counterparts <= set(data.offers("train"))
-    assert counterparts <= set(data.offers("database"))
-    assert not counterparts & set(data.offers("query"))
-    rows = data.columns["train"]["counterpart_caption"].rows(torch.arange(10), torch.zeros(10))
-    assert torch.equal(rows, tokenize(sentences(), 12)[data.splits.train])
-    paired = datasets.opened(root, query_counterpart="paired")
-    assert paired.columns["query"]["counterpart_image"].numbers.equal(paired.splits.query)
-    with pytest.raises(UserError, match="set dataset.query_counterpart to generated"):
-        data.require("query", frozenset(counterparts))
-
-
-@pytest.mark.parametrize("form", ["mat", "npy", "h5"])
-def test_stored_features(root, form):
-    image, text = (np.random.default_rng(seed).normal(size=(ITEMS, 3 + seed)) for seed in (1, 2))
-    for name, features in (("image_feature", image), ("text_feature", text)):
-        path = root / f"{name}.{form}"
-        if form == "mat":
-            scipy.io.savemat(path, {name: features})
-        elif form == "npy":
-            np.save(path, features)
-        else:
-            with h5py.File(path, "w") as file:
-                file[name] = features
-    data = datasets.opened(root)
-    for split in ("query", "train", "database"):
-        for name, features in (("image_feature", image), ("text_feature", text)):
-            items = data.splits.items(split)
-            rows = data.columns[split][name].rows(torch.arange(len(items)), torch.zeros(len(items)))
-            assert torch.equal(rows, torch.from_numpy(features).float()[items])
-    assert {"image_feature", "text_feature"} <= data.constant_fields("train")
-
-
-@pytest.mark.parametrize(
-    ("features", "match"),
-    [
-        (np.ones((ITEMS - 1, 3)), "image_feature.npy has 23 items; they must list the same pairs"),
-        (np.ones(ITEMS), "is no matrix of features"),
-        (np.array([["a"]] * ITEMS), "is no matrix of features"),
-        (np.full((ITEMS, 2), 1e39), "not finite as float32"),
-        (np.full((ITEMS, 2), np.nan), "not finite as float32"),
-    ],
-)
-def test_stored_features_that_are_none(root, features, match):
-    np.save(root / "image_feature.npy", features)
-    refused(match, root)
-
-
-def generated(root):
-    folder = root / "generated"
-    folder.mkdir()
-    for number in range(1, 7):
-        datasets.smooth_picture(1000 + number, 24, 24).save(folder / f"{number}.png")
-    (root / "generated.txt").write_text("\n".join(f"made up {number}" for number in range(6)))
-    return {
-        "query_counterpart": "generated",
-        "counterpart_images": str(folder),
-        "counterpart_captions": str(root / "generated.txt"),
-    }
-
-
-def test_generated_counterparts(root):
-    write_image_captions(root, "text")
-    data = datasets.opened(root, **generated(root))
-    column = data.columns["query"]["counterpart_image"]
-    assert np.array_equal(pixels_of(data, int(column.numbers[4])), np.array(datasets.smooth_picture(1005, 24, 24)))
-    assert np.array_equal(pixels_of(data, 4), np.array(datasets.smooth_picture(4, 24, 24)))
-    captions = data.columns["query"]["counterpart_caption"].rows(torch.arange(6), torch.zeros(6))
-    assert torch.equal(captions, tokenize([f"made up {number}" for number in range(6)], 12))
-    assert data.columns["train"]["counterpart_image"].numbers.equal(data.splits.train)
-
-
-# ---------------------------------------------------------------------------------------------- mistakes
-
-
 def test_missing_folder_and_files(root, tmp_path):
     refused(r"data folder .*nowhere of data set small is missing; prepare it .*dataset\.root", tmp_path / "nowhere")
     for name, key in (("label.mat", "labels"), ("caption.mat", "captions"), ("index.mat", "index")):
@@ -504,13 +189,6 @@ def test_truncated_file(root, name, kept):
     content = (root / name).read_bytes()
     (root / name).write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
     refused(rf"{name}.*(cannot be read as a \.mat file|has none of the variables)", root)
-
-
-def test_truncated_hdf5_file(root):
-    write_hdf5_texts(root / "caption.mat", "caption", TEXTS)
-    content = (root / "caption.mat").read_bytes()
-    (root / "caption.mat").write_bytes(content[: len(content) // 2])
-    refused(r"caption\.mat cannot be read as a \.mat file", root)
 
 
 def test_file_of_another_kind_runs_nothing(root, tmp_path):
@@ -554,177 +232,3 @@ def test_file_of_another_kind_runs_nothing(root, tmp_path):
 def test_variable_of_another_kind(root, name, content, match):
     scipy.io.savemat(root / name, content)
     refused(match, root)
-
-
-def bomb(path: Path, kind: str) -> None:
-    """A small file that asks for much memory, or for another file."""
-    if kind == "compressed":  # 384 MiB of zeros
-        deflate = zlib.compressobj(9)
-        start, block = (deflate.compress(bytes(2**24)) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
-        content = start + 23 * block
-        header = b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x0100, b"IM")
-        path.write_bytes(header + struct.pack("<II", 15, len(content)) + content)
-    elif kind.startswith("nested"):  # 300,000,000 of something in a cell, and no bytes
-        what = {"nested characters": "four", "nested cells": datasets.cells(["four"]), "nested fields": {"name": "x"}}
-        scipy.io.savemat(path, {"label": datasets.cells([what[kind.removesuffix(", packed")]])})
-        altered = bytearray(path.read_bytes())
-        inner = altered.index(struct.pack("<I", 14), 136)  # the cell's matrix: tag, flags, dimensions
-        altered[inner + 32 : inner + 40] = struct.pack("<ii", 1, 300_000_000)
-        if kind.startswith("nested characters"):
-            data = altered.index(b"four", inner) - 4  # a small element: length and type in four bytes
-            altered[data : data + 8] = struct.pack("<II", 16, 0)
-        if kind.endswith("packed"):
-            packed = zlib.compress(altered[128:])
-            altered[128:] = struct.pack("<II", 15, len(packed)) + packed
-        path.write_bytes(altered)
-    elif kind == "sparse":
-        scipy.io.savemat(path, {"label": scipy.sparse.csc_matrix((60_000, 60_000))})
-    else:
-        with h5py.File(path, "w") as file:
-            if kind == "declared":
-                file.create_dataset("label", (10**9, 10**9), "f8", chunks=(64, 64))
-            elif kind == "chunk":
-                file.create_dataset("label", (4, 4), "u1", chunks=(30_000, 30_000), maxshape=(None, None))
-            elif kind == "external":
-                file.create_dataset("label", (4, 4), "u1", external=[("/etc/passwd", 0, 16)])
-            elif kind == "strings":  # one of a mebibyte, a thousand times
-                text = h5py.string_dtype()
-                file.create_dataset("one", data="x" * 2**20, dtype=text)
-                place = file["one"].id.get_offset()
-                file.create_dataset("label", (1000,), text, chunks=None).write_direct(np.full(1000, "y", object))
-                ends = place, file["label"].id.get_offset()
-            elif kind == "cells":  # one large array, a thousand times
-                large = file.create_dataset("large", (2**20,), "f8", chunks=True)
-                file.create_dataset("label", data=np.full(1000, large.ref, h5py.ref_dtype), dtype=h5py.ref_dtype)
-        if kind == "strings":
-            altered = bytearray(path.read_bytes())
-            altered[ends[1] : ends[1] + 16_000] = altered[ends[0] : ends[0] + 16] * 1000
-            path.write_bytes(altered)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("sparse", "declared", "chunk", "cells", "external", "compressed", "strings"),
-        *("nested characters", "nested cells", "nested fields", "nested characters, packed", "nested cells, packed"),
-    ],
-)
-def test_files_that_ask_for_far_more_than_they_hold(tmp_path, kind):
-    bomb(tmp_path / "label.mat", kind)
-    bombs = r"holds or claims more than 200 times its .* bytes.*\(decompression bomb\); save"
-    match = r"keeps its values in another file; save" if kind == "external" else bombs
-    with pytest.raises(UserError, match=rf"label\.mat .*{match}"):
-        read_variable(tmp_path / "label.mat", ["label"])
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda path: read_variable(path, ["label"]),
-        lambda path: PictureFiles([str(path)], "index.mat").read(0),
-        read_lines,
-    ],
-    ids=["variable", "picture", "text"],
-)
-def test_a_pipe_is_not_waited_for(tmp_path, read):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match=r"pipe.* is no regular file; "):
-        read(tmp_path / "pipe")
-
-
-def test_no_interpreter_reads_a_picture(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "1.png", "EPS")
-    with pytest.raises(UserError, match=r"1\.png .* is not a picture \(JPEG, PNG, "):
-        PictureFiles([str(tmp_path / "1.png")], "index.mat").read(0)
-
-
-def test_missing_pictures(root):
-    for number in (3, 17):
-        (root / "images" / f"{number}.png").unlink()
-    refused(
-        r"picture 'images/3\.png' \(row 3\) is not under .*; 2 of 24 pictures are missing: set dataset\.image_r", root
-    )
-    refused(r"'images/0\.png' \(row 0\) is not under .*nowhere; 24 of 24", root, image_root=str(root / "nowhere"))
-
-
-def broken(kind, path):
-    content = path.read_bytes()
-    if kind == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "not a picture":
-        path.write_bytes(b"<html>404</html>")
-    elif kind == "missing":
-        path.unlink()
-    elif kind == "more than 144 pixels":
-        Image.new("RGB", (13, 12)).save(path)
-    elif kind == "far more than 144 pixels":
-        Image.new("RGB", (40, 40)).save(path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "match"),
-    [
-        ("truncated", r"is truncated or broken"),
-        ("not a picture", r"is not a picture"),
-        ("missing", r"is missing"),
-        ("more than 144 pixels", r"has more than 144 pixels.*decompression bomb"),
-        ("far more than 144 pixels", r"has more than 144 pixels.*decompression bomb"),
-    ],
-)
-def test_broken_picture(tmp_path, monkeypatch, kind, match):
-    path = tmp_path / "1.png"
-    Image.effect_noise((12, 12), 50).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 144)
-    pictures = PictureFiles([str(path), str(path)], "index.mat")
-    assert pictures.read(1).size == (12, 12)
-    broken(kind, path)
-    with pytest.raises(UserError, match=rf"1\.png \(row 1 of index\.mat\) {match}.*; ") as error:
-        pictures.read(1)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("line", "match"),
-    [
-        ('{"id": "images/99.png", "caption": "x"}', r"line 25: the index has no item 'images/99\.png'"),
-        ('{"id": 24, "caption": "x"}', r"line 25: the index has no item 24"),
-        ('{"id": -1, "caption": "x"}', r"line 25: the index has no item -1"),
-        ('{"id": 3}', r"line 25: must be"),
-        ("not json", r"line 25: must be"),
-        ("[1]", r"line 25: must be"),
-    ],
-)
-def test_json_lines_mistakes(root, line, match):
-    write_image_captions(root, "json lines")
-    with (root / "image_caption.jsonl").open("a") as file:
-        file.write(f"\n{line}\n")
-    refused(match, root)
-
-
-def test_image_captions_of_another_length(root):
-    write_image_captions(root, "json lines")
-    path = root / "image_caption.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[:-2]))
-    refused(r"2 of 24 items have no caption, the first is 'images/0\.png' \(row 0\)", root)
-    (root / "image_caption.txt").write_text("one\ntwo\n")
-    refused(r"index\.mat has 24, .*image_caption\.txt has 2 items", root)
-
-
-def test_generated_counterparts_mistakes(root):
-    refused(r"counterpart_images or counterpart_captions is null", root, query_counterpart="generated")
-    settings = generated(root)
-    refused(
-        r"nowhere \(dataset\.counterpart_images\) is not a folder", root, **settings | {"counterpart_images": "nowhere"}
-    )
-    refused(r"none\.txt cannot be read", root, **settings | {"counterpart_captions": "none.txt"})
-    (root / "generated" / "5.png").unlink()
-    refused(r"picture '5\.png' \(row 4\) is not under .*missing: make them with data/make_gen", root, **settings)
-    (root / "generated.txt").write_text("one\n")
-    refused(r"has 1 lines, but there are 6 queries", root, **settings)
-
-
-def test_text_that_is_not_utf8(root):
-    (root / "caption.mat").unlink()
-    (root / "caption.txt").write_bytes(b"caf\xe9\n" * ITEMS)
-    refused(r"caption\.txt is not UTF-8 text", root)

@@ -1,7 +1,5 @@
 """What all preparation scripts promise: nothing half written, any kill survived, one clear line for every mistake."""
 
-import errno
-import io
 import os
 import random
 import shutil
@@ -14,14 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
-import scipy.io
-from PIL import Image
 from scipy.io import loadmat
 from tqdm.auto import tqdm
 
-from common.errors import UserError
 from data import (
     make_coco,
     make_iaprtc12,
@@ -32,9 +26,8 @@ from data import (
     preparation,
     source_files,
 )
-from data.mat_files import string_cells, string_rows, write_mat
 from data.preparation import REPORT
-from data.source_files import JOURNAL, find, inspect_picture, read_lines, scan_pictures
+from data.source_files import JOURNAL, inspect_picture
 from tests import datasets, miniatures
 from utils.files import FolderLock
 
@@ -45,7 +38,11 @@ SCRIPTS = {
     "wiki": make_wiki,
     "iaprtc12": make_iaprtc12,
 }
+
+
 WRITTEN = {"index.mat", "caption.mat", "label.mat", "labels.txt", REPORT, JOURNAL}
+
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -244,32 +241,6 @@ def test_no_picture_at_all_is_refused_even_when_broken_ones_may_be_skipped(tmp_p
     assert set(contents(tmp_path / "root")) == {REPORT}
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_every_cut_of_a_jpeg_is_noticed(tmp_path: Path, mode: str, progressive: bool) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (64, 96, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(noise.squeeze(), mode).save(stream, "JPEG", progressive=progressive)
-    content = stream.getvalue()
-    path = tmp_path / "x.jpg"
-    path.write_bytes(content)
-    whole = inspect_picture(path)
-    assert whole is not None and (whole.fault, whole.mode, whole.width, whole.height) == ("", mode, 96, 64)
-    for share in (0.0, 0.05, 0.3, 0.6, 0.9, 0.97):
-        path.write_bytes(content[: int(share * len(content))])
-        cut = inspect_picture(path)
-        assert cut is not None and cut.fault
-        with pytest.raises(OSError):  # the reader of the training loop agrees
-            Image.open(path).convert("RGB")
-
-
-def test_a_decompression_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    miniatures.picture(tmp_path / "x.jpg", 1)
-    picture = inspect_picture(tmp_path / "x.jpg")
-    assert picture is not None and "decompression bomb" in picture.fault
-
-
 @pytest.mark.parametrize(
     ("name", "missing", "archive"),
     [
@@ -326,20 +297,6 @@ def test_interrupted_by_the_user(
     assert "the same command goes on from here" in capsys.readouterr().err
     assert prepare("wiki", source, root) == 0
     assert "still to be checked" not in capsys.readouterr().err
-
-
-def test_find_takes_the_nearest(tmp_path: Path) -> None:
-    for folder in ("a/b/c", "b/c", "d/e/f/g/h"):
-        (tmp_path / folder / "x").mkdir(parents=True)
-    assert find(tmp_path, "x", "x.zip") == tmp_path / "b/c/x"
-    assert find(tmp_path, "c/x", "x.zip") == tmp_path / "b/c/x"
-    with pytest.raises(UserError, match="h/x is not there; download x.zip"):
-        find(tmp_path, "h/x", "x.zip")
-
-
-def test_lines_part_only_at_line_feeds(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes("a\u2028b\r\n\x85c\x0bd\n\n \n".encode() + b"\xff\n\n")
-    assert read_lines(tmp_path / "x") == ["a\u2028b", "c\x0bd", "", "", "\ufffd"]
 
 
 def test_output_into_the_source_folder_needs_no_links(tmp_path: Path) -> None:
@@ -419,55 +376,6 @@ def test_read_only_folder(small_disk: Path, tmp_path: Path, capsys: pytest.Captu
         assert prepare("wiki", source_of("wiki", tmp_path), root) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert str(root) in error and "Read-only file system" in error and "--root" in error
-
-
-def test_write_that_fails_leaves_the_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.mat"
-    write_mat(path, a=np.arange(3))
-    before = path.read_bytes()
-
-    def savemat(stream: io.BufferedWriter, *_: object, **__: object) -> None:
-        stream.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(scipy.io, "savemat", savemat)
-    with pytest.raises(UserError, match="x.mat cannot be written: No space left on device"):
-        write_mat(path, a=np.arange(4))
-    assert [file.name for file in tmp_path.iterdir()] == ["x.mat"] and path.read_bytes() == before
-
-
-def test_mat_files_have_the_same_bytes_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = {"index": string_rows(["a", "ü😀"]), "caption": string_cells([["x", "yy"], []]), "category": np.eye(2)}
-    write_mat(tmp_path / "a.mat", **arrays)
-    monkeypatch.setattr(time, "asctime", lambda *_: "Sat Jan  1 00:00:00 2000")
-    write_mat(tmp_path / "b.mat", **arrays)
-    assert (tmp_path / "a.mat").read_bytes() == (tmp_path / "b.mat").read_bytes()
-
-
-def test_strings_survive_the_way_through_a_mat_file(tmp_path: Path) -> None:
-    texts = ["plain", "", "ünïcode 😀 日本", "two\nlines\tand  blanks ", "nul\0inside", "lone \ud83d surrogate"]
-    kept = ["plain", "", "ünïcode 😀 日本", "two lines and blanks", "nul inside", "lone ? surrogate"]
-    cells = string_cells([[text] for text in texts] + [[]] + [texts])
-    write_mat(tmp_path / "x.mat", rows=string_rows(texts), column=string_rows(texts)[:, None], cells=cells)
-    found = loadmat(tmp_path / "x.mat")
-    assert [text.rstrip() for text in found["rows"]] == kept
-    assert found["column"].shape == (6, 1) and [text.rstrip() for text in found["column"][:, 0]] == kept
-    assert found["cells"].shape == (1, 8)
-    assert [[text.rstrip() for text in cell] for cell in found["cells"][0]] == [[text] for text in kept] + [[""], kept]
-
-
-def test_scan_forgets_nothing_of_other_protocols(tmp_path: Path) -> None:
-    for number in (1, 2, 3):
-        miniatures.picture(tmp_path / "source" / f"{number}.jpg", number)
-    (tmp_path / "root").mkdir()
-    scan_pictures(tmp_path / "source", ["1.jpg", "2.jpg"], tmp_path / "root")
-    found = scan_pictures(tmp_path / "source", ["2.jpg", "3.jpg", "4.jpg"], tmp_path / "root")
-    assert found["4.jpg"] is None and set(found) == {"2.jpg", "3.jpg", "4.jpg"}
-    assert [line[:8] for line in (tmp_path / "root" / JOURNAL).read_bytes().splitlines()] == [
-        b'["1.jpg"',
-        b'["2.jpg"',
-        b'["3.jpg"',
-    ]
 
 
 def test_started_as_a_script(tmp_path: Path) -> None:

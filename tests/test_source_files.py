@@ -1,0 +1,66 @@
+"""The source folder of a preparation: files are found and read, and every broken picture is noticed."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import UserError
+from data.source_files import JOURNAL, find, inspect_picture, read_lines, scan_pictures
+from tests import miniatures
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_cut_of_a_jpeg_is_noticed(tmp_path: Path, mode: str, progressive: bool) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise.squeeze(), mode).save(stream, "JPEG", progressive=progressive)
+    content = stream.getvalue()
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    whole = inspect_picture(path)
+    assert whole is not None and (whole.fault, whole.mode, whole.width, whole.height) == ("", mode, 96, 64)
+    for share in (0.0, 0.05, 0.3, 0.6, 0.9, 0.97):
+        path.write_bytes(content[: int(share * len(content))])
+        cut = inspect_picture(path)
+        assert cut is not None and cut.fault
+        with pytest.raises(OSError):  # the reader of the training loop agrees
+            Image.open(path).convert("RGB")
+
+
+def test_a_decompression_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    miniatures.picture(tmp_path / "x.jpg", 1)
+    picture = inspect_picture(tmp_path / "x.jpg")
+    assert picture is not None and "decompression bomb" in picture.fault
+
+
+def test_find_takes_the_nearest(tmp_path: Path) -> None:
+    for folder in ("a/b/c", "b/c", "d/e/f/g/h"):
+        (tmp_path / folder / "x").mkdir(parents=True)
+    assert find(tmp_path, "x", "x.zip") == tmp_path / "b/c/x"
+    assert find(tmp_path, "c/x", "x.zip") == tmp_path / "b/c/x"
+    with pytest.raises(UserError, match="h/x is not there; download x.zip"):
+        find(tmp_path, "h/x", "x.zip")
+
+
+def test_lines_part_only_at_line_feeds(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes("a\u2028b\r\n\x85c\x0bd\n\n \n".encode() + b"\xff\n\n")
+    assert read_lines(tmp_path / "x") == ["a\u2028b", "c\x0bd", "", "", "\ufffd"]
+
+
+def test_scan_forgets_nothing_of_other_protocols(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        miniatures.picture(tmp_path / "source" / f"{number}.jpg", number)
+    (tmp_path / "root").mkdir()
+    scan_pictures(tmp_path / "source", ["1.jpg", "2.jpg"], tmp_path / "root")
+    found = scan_pictures(tmp_path / "source", ["2.jpg", "3.jpg", "4.jpg"], tmp_path / "root")
+    assert found["4.jpg"] is None and set(found) == {"2.jpg", "3.jpg", "4.jpg"}
+    assert [line[:8] for line in (tmp_path / "root" / JOURNAL).read_bytes().splitlines()] == [
+        b'["1.jpg"',
+        b'["2.jpg"',
+        b'["3.jpg"',
+    ]
