@@ -1,5 +1,6 @@
 """How alike rows are: by labels, by angle, by bits."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +20,11 @@ def label_similarity(a: Tensor, b: Tensor) -> Tensor:
     """
     _require_same_width(a, b, "labels")
     return (a.float() @ b.float().T > 0).float()
+
+
+def without_self(similar: Tensor) -> Tensor:
+    """Similar pairs of one batch, [B, B] bool, without those of an item and itself."""
+    return similar & ~torch.eye(len(similar), dtype=torch.bool, device=similar.device)
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:

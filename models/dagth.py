@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import UserError
 from common.losses import full_precision, masked_mean
 from common.registry import MODELS
-from common.similarity import label_similarity
+from common.similarity import label_similarity, without_self
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ParamGroups
 from models.blocks.heads import sign_codes
@@ -134,10 +134,10 @@ class DAGtH(TanhHashingModel):
             Loss and terms: that of each ordered pair of modalities, and the mean of their margins.
         """
         similar = label_similarity(labels, labels) > 0
-        others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        others = without_self(similar)
         pairs = {
-            "triplet_image": (image, image, similar & others),
-            "triplet_text": (text, text, similar & others),
+            "triplet_image": (image, image, others),
+            "triplet_text": (text, text, others),
             "triplet_i2t": (image, text, similar),
             "triplet_t2i": (text, image, similar),
         }

@@ -38,7 +38,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from common.registry import MODELS
-from common.similarity import label_similarity
+from common.similarity import label_similarity, without_self
 from common.types import DataInfo, StepOutput
 from models.base import ParamGroups
 from models.blocks.pooled import TanhHashingConfig, TanhHashingModel
@@ -90,7 +90,7 @@ class DDWSH(TanhHashingModel):
         require_classes(labels, len(self.boundaries))
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         similar = label_similarity(labels, labels) > 0
-        others = similar & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        others = without_self(similar)
         across = similar if c.own_pair else others
         own = (labels > 0).to(self.boundaries)
         boundary = own @ self.boundaries / own.sum(1).clamp(min=1)  # mean over an anchor's classes, [B]

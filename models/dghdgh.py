@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import UserError
 from common.losses import full_precision, masked_mean, soft_cross_entropy
 from common.registry import MODELS
-from common.similarity import label_similarity
+from common.similarity import label_similarity, without_self
 from common.types import Batch, DataInfo, Progress, Stage, StepOutput
 from models.base import ParamGroups
 from models.blocks.pair_graph import PairGraph
@@ -84,7 +84,7 @@ class Triplets:
     def of(cls, similar: Tensor, within: bool) -> "Triplets":
         """Those of a batch: similar [B, B] bool; `within` a modality an item is not similar to itself."""
         count = len(similar)
-        positive = similar & ~torch.eye(count, dtype=torch.bool, device=similar.device) if within else similar
+        positive = without_self(similar) if within else similar
         anchor, near, far = (positive[:, :, None] & ~similar[:, None, :]).nonzero().unbind(1)
         return cls(anchor * count + near, anchor * count + far)
 

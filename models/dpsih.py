@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from common.losses import full_precision, masked_mean
 from common.registry import MODELS
 from common.set_losses import maximum_mean_discrepancy
-from common.similarity import label_similarity
+from common.similarity import label_similarity, without_self
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.blocks.pooled import TanhHashingConfig, TanhHashingModel
 from utils.distributed import gather_rows
@@ -267,7 +267,7 @@ def triplet_loss(similarity: Tensor, similar: Tensor, margin: float) -> Tensor:
     Source:
         DPSIH, AAAI 2026, multi-similarity triplets; as in the authors' code.
     """
-    positive = similar & ~torch.eye(len(similar), dtype=torch.bool, device=similar.device)
+    positive = without_self(similar)
     costs = similarity[:, None, :] - similarity[:, :, None] + margin  # [B, p, m]
     return masked_mean(costs, positive[:, :, None] & ~similar[:, None, :] & (costs >= 0))
 
