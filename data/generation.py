@@ -11,7 +11,6 @@ import importlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,7 @@ from PIL import Image
 from common.config import Config, load_config
 from common.errors import UserError
 from common.registry import DATASETS
+from data.command_line import exit_code
 from data.mat_files import clean_text
 from dataset.base import PairedDataset
 from dataset.pictures.reading import Pictures
@@ -231,16 +231,9 @@ def run(
     """
     setup_logging()
     options = parser.parse_intermixed_args(arguments)
-    try:
+
+    def configured() -> None:
         config = load_config(options.config_file, [*options.overrides, f"run.device={options.device}"])
         work(options, config, pick_device(config.run.device, distribute=False))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror or error}; mend it and run again\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
-        return 130
-    return 0
+
+    return exit_code(configured, "output")

@@ -68,7 +68,8 @@ def collect(source: Path, protocol: str) -> Pairs:
         UserError: If an archive or a file is missing or damaged, or the number of labels is not the protocol's.
     """
     texts = find(source, "annotations_complete_eng", ARCHIVE)
-    pictures = _pictures(find(source, "images/00", ARCHIVE).parent)
+    folder = find(source, "images/00", ARCHIVE).parent
+    pictures = _pictures(folder)
     facts: dict[str, int] = {"pictures in the archive": len(pictures)}
     if protocol == "lear":
         names, labels, classes, lengths = _lear(source)
@@ -87,7 +88,7 @@ def collect(source: Path, protocol: str) -> Pairs:
     descriptions = dict(parallel(_description, [texts / f"{place}.eng" for place in places], "descriptions", "file"))
     captions = [descriptions[texts / f"{place}.eng"] for place in places]
     facts["without annotation file"] = sum(caption is None for caption in captions)
-    base = find(source, "images/00", ARCHIVE).parent.relative_to(source).as_posix()
+    base = folder.relative_to(source).as_posix()
     return Pairs(
         images=[f"{base}/{place}.jpg" for place in places],
         captions=[[caption or ""] for caption in captions],

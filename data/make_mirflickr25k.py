@@ -20,6 +20,7 @@ from common.errors import UserError
 from data.preparation import Pairs, Protocol, run
 from data.source_files import find, parallel, read_lines
 
+ANNOTATIONS = "mirflickr25k_annotations_v080.zip"
 PICTURES = 25_000
 FREQUENT = 20  # pictures that a tag must have in protocol mith
 
@@ -57,7 +58,7 @@ def collect(source: Path, protocol: str) -> Pairs:
         UserError: If an archive is missing or an annotation file is damaged.
     """
     folder = find(source, "mirflickr/meta/tags", "mirflickr25k.zip")
-    annotations = find(source, "plant_life.txt", "mirflickr25k_annotations_v080.zip").parent
+    annotations = find(source, "plant_life.txt", ANNOTATIONS).parent
     labels = np.zeros((PICTURES + 1, len(CLASSES)), dtype=np.bool_)  # row 0 stays empty: numbers start from 1
     for column, name in enumerate(CLASSES):
         labels[_numbers(annotations / f"{name}.txt"), column] = True
@@ -109,13 +110,13 @@ def numbered(folder: Path, prefix: str, suffix: str) -> dict[int, Path]:
 def _numbers(path: Path) -> list[int]:
     """Picture numbers of a label."""
     if not path.exists():
-        raise UserError(f"{path}: is not there; unpack mirflickr25k_annotations_v080.zip again")
+        raise UserError(f"{path}: is not there; unpack {ANNOTATIONS} again")
     lines = read_lines(path)
     for row, line in enumerate(lines, 1):
         if not (line.isascii() and line.isdigit() and 1 <= int(line) <= PICTURES):
             raise UserError(f"{path}: line {row} is no picture number from 1 to {PICTURES}; unpack the archive again")
     if not lines:
-        raise UserError(f"{path}: is empty; unpack mirflickr25k_annotations_v080.zip again")
+        raise UserError(f"{path}: is empty; unpack {ANNOTATIONS} again")
     return [int(line) for line in lines]
 
 

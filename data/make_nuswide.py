@@ -22,6 +22,7 @@ from data.preparation import Pairs, Protocol, run
 from data.source_files import find, parallel, read_bytes, read_lines
 from utils.progress import progress
 
+LABELS, TAGS = "Groundtruth.zip", "NUS_WID_Tags.zip"
 ROWS_AT_A_TIME = 1 << 23  # bytes of AllTags1k.txt held at once; the whole file has 540 MB
 
 TC21 = (
@@ -65,7 +66,7 @@ def collect(source: Path, protocol: str) -> Pairs:
         UserError: If an archive is missing or an annotation file is damaged.
     """
     list_file = find(source, "Imagelist.txt", "ImageList.zip")
-    label_folder = find(source, "AllLabels", "Groundtruth.zip")
+    label_folder = find(source, "AllLabels", LABELS)
     prefix = find(source, "Flickr", "the pictures (folder Flickr)").relative_to(source).as_posix()
     images = [PureWindowsPath(line).as_posix() for line in read_lines(list_file)]
 
@@ -77,11 +78,11 @@ def collect(source: Path, protocol: str) -> Pairs:
     facts = {"pictures listed": len(images)}
 
     if protocol == "dcmht":
-        texts = _all_tags(find(source, "All_Tags.txt", "NUS_WID_Tags.zip"), images)
+        texts = _all_tags(find(source, "All_Tags.txt", TAGS), images)
         facts["pictures without tags"] = sum(texts[row] == NO_TAGS for row in np.flatnonzero(kept))
     else:
-        names = read_lines(find(source, "TagList1k.txt", "NUS_WID_Tags.zip"))
-        texts = _frequent_tags(find(source, "AllTags1k.txt", "NUS_WID_Tags.zip"), names, len(images))
+        names = read_lines(find(source, "TagList1k.txt", TAGS))
+        texts = _frequent_tags(find(source, "AllTags1k.txt", TAGS), names, len(images))
         facts["frequent tags"] = len(names)
         if protocol == "mith":
             kept &= np.array([bool(text) for text in texts])
@@ -95,26 +96,27 @@ def collect(source: Path, protocol: str) -> Pairs:
     )
 
 
+def _require_lines(path: Path, found: int, listed: int, archive: str) -> None:
+    if found != listed:
+        raise UserError(f"{path}: has {found:,} lines, Imagelist.txt {listed:,}; unpack {archive} again")
+
+
 def _label(path: Path, count: int) -> npt.NDArray[np.bool_]:
     """One label of all pictures, [count]."""
     if not path.exists():
-        raise UserError(f"{path}: is not there; unpack Groundtruth.zip again")
+        raise UserError(f"{path}: is not there; unpack {LABELS} again")
     values = read_bytes(path).split()
-    if len(values) != count:
-        raise UserError(f"{path}: has {len(values):,} lines, Imagelist.txt {count:,}; unpack Groundtruth.zip again")
+    _require_lines(path, len(values), count, LABELS)
     if wrong := set(values) - {b"0", b"1"}:
         row = values.index(min(wrong)) + 1
-        raise UserError(f"{path}: line {row} is neither 0 nor 1; unpack Groundtruth.zip again")
+        raise UserError(f"{path}: line {row} is neither 0 nor 1; unpack {LABELS} again")
     return np.array(values) == b"1"
 
 
 def _all_tags(path: Path, images: list[str]) -> list[str]:
     """All tags of every picture, with blanks between."""
     lines = [line.split(maxsplit=1) for line in read_lines(path) if line]
-    if len(lines) != len(images):
-        raise UserError(
-            f"{path}: has {len(lines):,} lines, Imagelist.txt {len(images):,}; unpack NUS_WID_Tags.zip again"
-        )
+    _require_lines(path, len(lines), len(images), TAGS)
     for row, (line, image) in enumerate(zip(lines, images, strict=True), 1):
         if line[0] != Path(image).stem.rpartition("_")[2]:
             raise UserError(f"{path}: line {row} is of picture {line[0]}, but Imagelist.txt has {image} there")
@@ -130,8 +132,7 @@ def _frequent_tags(path: Path, names: list[str], count: int) -> list[str]:
         texts += [
             " ".join(names[column] for column in columns[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)
         ]
-    if len(texts) != count:
-        raise UserError(f"{path}: has {len(texts):,} lines, Imagelist.txt {count:,}; unpack NUS_WID_Tags.zip again")
+    _require_lines(path, len(texts), count, TAGS)
     return texts
 
 
@@ -159,12 +160,12 @@ def _matrix(path: Path, text: bytes, width: int, before: int) -> npt.NDArray[np.
     if wrong.size:
         raise UserError(
             f"{path}: line {before + int(wrong[0]) + 1} has not {width:,} values, as TagList1k.txt has tags; "
-            "unpack NUS_WID_Tags.zip again"
+            f"unpack {TAGS} again"
         )
     matrix = values.reshape(-1, width + 1)[:, :-1] - ord("0")
     if matrix.max(initial=0) > 1:
         row = before + int(np.flatnonzero((matrix > 1).any(axis=1))[0]) + 1
-        raise UserError(f"{path}: line {row} has values other than 0 and 1; unpack NUS_WID_Tags.zip again")
+        raise UserError(f"{path}: line {row} has values other than 0 and 1; unpack {TAGS} again")
     return matrix.astype(np.bool_)
 
 

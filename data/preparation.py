@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from data.command_line import exit_code
 from data.mat_files import string_cells, string_rows, write_set
 from data.source_files import Picture, scan_pictures
 from utils.files import claimed, write_text
@@ -198,24 +199,17 @@ def run(
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out pairs whose picture is missing or broken")
     options = parser.parse_args(arguments)
-    try:
+
+    def prepare_set() -> None:
         if not options.source.is_dir():
             raise UserError(f"--source {options.source}: no such folder; unpack the archives of {title} there")
         with claimed(options.root, "--root"):
-            protocol = protocols[options.protocol]
             pairs = collect(options.source, options.protocol)
             heading = f"{title}, protocol {options.protocol}"
+            protocol = protocols[options.protocol]
             prepare(heading, protocol, pairs, options.source, options.root, options.skip_broken)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"error: {error.filename or options.root}: {error.strerror or error}; mend it and run again\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
-        return 130
-    return 0
+
+    return exit_code(prepare_set, str(options.root))
 
 
 def _is_whole(picture: Picture | None) -> bool:
