@@ -28,6 +28,7 @@ from dataset.pictures.draws import Purpose, uniform
 from dataset.pictures.reading import JoinedPictures, PictureArray, PictureFiles
 from dataset.pictures.transforms import CROP_DRAWS, STD, View, view_pixels
 from tests import datasets
+from tests.disks import small_disk_at
 from tests.processes import run_processes
 
 STORED = 24
@@ -400,13 +401,8 @@ class _Usage:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 128 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only a superuser who may mount file systems can make a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a memory map may still be there
+    with small_disk_at(tmp_path / "disk", "128k") as disk:
+        yield disk
 
 
 def test_full_disk(small_disk: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from data import (
 from data.preparation import REPORT
 from data.source_files import JOURNAL, inspect_picture
 from tests import datasets, miniatures
+from tests.disks import small_disk_at
 from utils.files import FolderLock
 
 SCRIPTS = {
@@ -335,13 +336,8 @@ def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 32 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only a superuser who may mount file systems can make a small disk")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_disk_at(tmp_path / "disk", "32k") as disk:
+        yield disk
 
 
 def test_full_disk_is_seen_before_the_work(

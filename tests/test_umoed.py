@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.types import Batch, Progress
+from common.types import Progress
 from models.umoed import DecoderLayer, MixtureConfig, SoftMixture, TokenDecoder, UMoED, UMoEDConfig, pattern_codes
-from tests.tiny_models import LENGTH, SHAPE, build, pick, rows_of, section
+from tests.tiny_models import LENGTH, build, rows_of, section
 from tests.worked import multi_hot, wave
 
 START = Progress(epoch=0, epochs=1, step=0, steps_per_epoch=1)
@@ -201,38 +201,6 @@ def test_a_width_that_heads_do_not_divide_is_one_line() -> None:
     with pytest.raises(UserError, match=r"model\.heads is 8.*width of 60") as error:
         TokenDecoder(60, config(width=None, heads=8))
     assert "\n" not in str(error.value)
-
-
-def test_batches_as_large_as_the_token_counts_are_read_as_any_other(tmp_path: Path) -> None:
-    model = small(tmp_path).eval()
-    for rows in (1 + SHAPE.patches, LENGTH):
-        many = pick(rows_of(), [row % 11 for row in range(rows)])
-        with torch.no_grad():
-            codes = model.encode_image(many), model.encode_text(many)
-            single = model.encode_image(pick(many, [0])), model.encode_text(pick(many, [0]))
-        for all_rows, one in zip(codes, single, strict=True):
-            assert all_rows.shape == (rows, 16) and torch.equal(all_rows[:1], one)
-
-
-@pytest.mark.parametrize("overrides", [{}, {"set_size": 1}], ids=["queries", "one query"])
-def test_one_row_trains(tmp_path: Path, overrides: dict[str, Any]) -> None:
-    model = small(tmp_path, **overrides)
-    out = model(pick(rows_of(), [4]), START)
-    out.loss.backward()
-    assert out.loss.isfinite() and out.terms["triplet_i2t"] == 0
-    assert all(p.grad is not None for p in model.heads.parameters())
-
-
-def test_rows_without_labels_leave_the_loss_finite(tmp_path: Path) -> None:
-    batch = rows_of()
-    labels = batch["labels"].clone()
-    labels[[2, 7]] = 0
-    for given in (labels, torch.zeros_like(labels)):
-        model = small(tmp_path)
-        out = model(Batch({**batch, "labels": given}), START)
-        out.loss.backward()
-        assert out.loss.isfinite()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.heads.parameters())
 
 
 @pytest.mark.parametrize("fusion", [True, False])

@@ -9,24 +9,15 @@ import torch
 from torch import Tensor
 
 from common.registry import MODELS
-from common.types import Backbone, Batch, ClipShape, DataInfo, Progress
+from common.types import Backbone, Batch, DataInfo, Progress
 from common.yaml_layers import read_yaml
 from models.base import HashingModel
 from runners.steps import updates
+from tests import tiny_data
 from tests.processes import run_processes
 from utils.distributed import data_parallel, rank, world_size
 
-SHAPE = ClipShape(
-    embed_dim=64,
-    image_size=32,
-    patch_size=16,
-    vision_width=64,
-    vision_layers=1,
-    text_width=64,
-    text_layers=1,
-    context_length=16,
-    vocabulary=60,
-)
+SHAPE = dataclasses.replace(tiny_data.SHAPE, vocabulary=60)
 ROWS, CLASSES, LENGTH, WORDS = 11, 5, 12, 20
 SMALL: dict[str, dict[str, Any]] = {  # what a method's own YAML makes large, beside `bits`; most methods need no entry
     "CLIP": {"bits": SHAPE.embed_dim, **dataclasses.asdict(SHAPE)},
