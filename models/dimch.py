@@ -120,16 +120,7 @@ class DIMCH(TokenSetModel):
         return sets
 
     def objective(self, image_sets: Tensor, text_sets: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of the paper from the sets of all rows.
-
-        Args:
-            image_sets: Sets of pictures, [B, M, K].
-            text_sets: Sets of texts, [B, M, K].
-            labels: Multi-hot labels, [B, C].
-
-        Returns:
-            Loss and terms, unweighted.
-        """
+        """The loss of the paper from the sets of all rows, [B, M, K], as `TokenSetModel.objective`."""
         c = self.config
         image, text = relaxed_codes(image_sets), relaxed_codes(text_sets)
         image_sets, text_sets = F.normalize(image_sets, dim=-1), F.normalize(text_sets, dim=-1)

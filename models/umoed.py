@@ -279,16 +279,7 @@ class UMoED(TokenSetModel):
         return logits
 
     def objective(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of the paper from the logits of all rows.
-
-        Args:
-            image: Logits of pictures, [B, M, W].
-            text: Logits of texts, [B, M, W].
-            labels: Multi-hot labels, [B, C].
-
-        Returns:
-            Loss and terms, unweighted.
-        """
+        """The loss of the paper from the logits of all rows, [B, M, W], as `TokenSetModel.objective`."""
         c = self.config
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         i2t_distances, t2i_distances = self.distances(image, text)
