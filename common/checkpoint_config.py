@@ -12,6 +12,7 @@ from common.registry import DATASETS
 from common.yaml_layers import Tree, apply_overrides, check_values, flatten, read_layers
 
 logger = logging.getLogger(__name__)
+BASE = ROOT / "configs/base.yaml"
 
 
 def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
@@ -31,21 +32,14 @@ def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
     """
     check_values(tree, f"checkpoint {path}")
     origins = dict.fromkeys(flatten(tree), CHECKPOINT)
-    own = apply_overrides(tree, origins, [])
-    own["run"] = own["run"] if isinstance(own.get("run"), dict) else {}
-    own["dataset"] = own["dataset"] if isinstance(own.get("dataset"), dict) else {}
-    own["evaluate"] = own["evaluate"] if isinstance(own.get("evaluate"), dict) else {}
-    _take_places(own, "run", RunConfig, ROOT / "configs/base.yaml", origins)
-    _take_places(own, "evaluate", EvaluateConfig, ROOT / "configs/base.yaml", origins)
-    if isinstance(own["dataset"].get("split"), dict):
-        own["dataset"]["split"].setdefault("validation", 0)  # what earlier versions did
-    own["dataset"].setdefault("tokens", 49408)  # likewise
+    own = with_younger_settings(tree, origins)
+    _take_places(own, "run", RunConfig, BASE, origins)
+    _take_places(own, "evaluate", EvaluateConfig, BASE, origins)
     beside = str(path.resolve().parent).replace("{", "{{").replace("}", "}}")
     own["run"]["save_dir"], origins["run.save_dir"] = beside, "beside the checkpoint"
     kind, name = own["dataset"].get("type"), own["dataset"].get("name")
     if isinstance(kind, str) and isinstance(name, str):
-        known = ROOT / "configs/datasets" / f"{re.sub(r'[^A-Za-z0-9_-]', '', name)}.yaml"
-        _take_places(own, "dataset", DATASETS.get(kind).Config, known, origins)
+        _take_places(own, "dataset", DATASETS.get(kind).Config, _yaml_of_data(name), origins)
     own = apply_overrides(own, origins, overrides)
     for key, value in flatten(own).items():
         if value is _NOT_TAKEN:
@@ -60,19 +54,61 @@ def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
     return config
 
 
+def with_younger_settings(tree: Tree, origins: dict[str, str] | None = None) -> Tree:
+    """A stored configuration with the settings that later versions added.
+
+    They get the values of the YAML files of the library, which do what versions without these settings did.
+
+    Args:
+        tree: The stored configuration; it stays as it is.
+        origins: Where values came from, by dotted key; what is added is noted there.
+
+    Returns:
+        The configuration; its sections `run`, `evaluate` and `dataset` are there.
+    """
+    origins = {} if origins is None else origins
+    own = apply_overrides(tree, origins, [])
+    for section in ("run", "evaluate", "dataset"):
+        own[section] = own[section] if isinstance(own.get(section), dict) else {}
+    _add_younger(own, "run", RunConfig, BASE, origins)
+    _add_younger(own, "evaluate", EvaluateConfig, BASE, origins)
+    data = own["dataset"]
+    if isinstance(data.get("type"), str) and isinstance(data.get("name"), str):
+        _add_younger(own, "dataset", DATASETS.get(data["type"]).Config, _yaml_of_data(data["name"]), origins)
+    if isinstance(data.get("split"), dict):
+        data["split"].setdefault("validation", 0)
+    data.setdefault("tokens", 49408)
+    return own
+
+
+def _add_younger(tree: Tree, section: str, schema: type[Section], file: Path, origins: dict[str, str]) -> None:
+    given = _section_of(file, section)
+    for key, field in schema.model_fields.items():
+        if key not in tree[section] and (key in given or get_origin(field.annotation) is list):
+            tree[section][key] = given.get(key, [])
+            origins[f"{section}.{key}"] = str(file)
+
+
+def _yaml_of_data(name: str) -> Path:
+    """Where the YAML of a known data set lies, if it is one."""
+    return ROOT / "configs/datasets" / f"{re.sub(r'[^A-Za-z0-9_-]', '', name)}.yaml"
+
+
+def _section_of(file: Path, section: str) -> Tree:
+    found: Tree = read_layers(file, {}, ()).get(section, {}) if file.is_file() else {}
+    return found
+
+
 _NOT_TAKEN = "\0 of another machine"  # no setting can have this value
 
 
 def _take_places(tree: Tree, section: str, schema: type[Section], file: Path, origins: dict[str, str]) -> None:
-    """Replaces what belongs to the machine by the values of a YAML file, and adds what is not there; null stays null.
+    """Replaces what belongs to the machine by the values of a YAML file; null stays null.
 
     A path that is only read stays, too, where it leads to something and that of the YAML file does not.
     """
-    given = read_layers(file, {}, ()).get(section, {}) if file.is_file() else {}
+    given = _section_of(file, section)
     for key, field in schema.model_fields.items():
-        if key not in tree[section] and (key in given or get_origin(field.annotation) is list):
-            tree[section][key] = given.get(key, [])  # of a later version than the checkpoint
-            origins[f"{section}.{key}"] = str(file)
         stored, marks = tree[section].get(key), marks_of(field)
         if Mark.OF_MACHINE not in marks or stored is None:
             continue

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import Checkpoint, Checkpoints, load, require_same
+from common.checkpoint_config import with_younger_settings
 from common.config import FREE_KEYS, Config
 from common.errors import UserError
 from common.tensor_files import require_finite
@@ -100,7 +101,7 @@ def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) 
     """
     if not loaded.is_ours or not loaded.optimizers:
         raise UserError(f"checkpoint {loaded.path} holds no optimizer state, so a run cannot go on from it")
-    ours, theirs = flatten(config.tree), flatten(loaded.meta["config"])
+    ours, theirs = flatten(config.tree), flatten(with_younger_settings(loaded.meta["config"]))
     require_same(
         {key: value for key, value in ours.items() if key not in FREE_KEYS},
         {key: value for key, value in theirs.items() if key not in FREE_KEYS},

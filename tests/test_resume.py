@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import checkpoint
 from common.config import Config
 from common.errors import UserError
 from runners.runner import Runner
@@ -118,6 +119,24 @@ def test_other_settings_are_refused_with_every_key(tiny_overrides: list[str], tm
     for part in ("model.top_k: 8 there, 3 now", "run.batch_size: 9 there, 10 now", "--save-dir"):
         assert part in str(error.value)
     assert "workers" not in str(error.value) and "keep" not in str(error.value)
+
+
+def test_settings_younger_than_a_run_keep_it_from_nothing(
+    whole: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """At their defaults; with another value they are a difference as any other."""
+    stopped_run(tmp_path, tiny_overrides)
+    newest = tmp_path / "checkpoints" / f"step-{STOP:08d}.pt"
+    stored = checkpoint.load(newest)
+    del stored.meta["config"]["run"]["matmul"], stored.meta["config"]["evaluate"]["select"]
+    checkpoint.save(newest, stored.meta, stored.model, stored.optimizers)
+    settings = [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=0"]
+    runner = Runner(config_of(METHOD, tmp_path, [*settings, "run.matmul=high"]))
+    with pytest.raises(UserError, match="run.matmul: 'highest' there, 'high' now"):
+        runner.setup(resume=True)
+    assert runner.lock is not None
+    runner.lock.release()
+    assert_same_state(final_state(whole), go_on(config_of(METHOD, tmp_path, settings)))
 
 
 def go_on_together(folder: str, overrides: list[str]) -> dict[str, torch.Tensor]:
