@@ -30,6 +30,11 @@ class Summary:
     low: float
     high: float
 
+    @property
+    def half(self) -> float:
+        """Half the width of the interval; NaN of one run."""
+        return (self.high - self.low) / 2
+
 
 def summary(values: Sequence[float]) -> Summary:
     """Mean, deviation and interval of at least one value."""
@@ -40,6 +45,20 @@ def summary(values: Sequence[float]) -> Summary:
     deviation = float(array.std(ddof=1))
     half = float(stats.t.ppf(0.975, count - 1)) * deviation / count**0.5
     return Summary(count, mean, deviation, mean - half, mean + half)
+
+
+def band(runs: Sequence[Sequence[float]]) -> tuple[Array, Array]:
+    """Mean of several runs' curves and their standard deviation, point by point.
+
+    Args:
+        runs: Values of every run at the same P places.
+
+    Returns:
+        [P] each; the deviation, divided by n - 1, is NaN of one run, and both are where a run has NaN.
+    """
+    array = np.asarray(runs, dtype=np.float64)
+    mean = array.mean(axis=0)
+    return mean, array.std(axis=0, ddof=1) if len(array) > 1 else np.full_like(mean, np.nan)
 
 
 def paired_test(a: Array, b: Array, draws: int = DRAWS, seed: int = 0) -> float:

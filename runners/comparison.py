@@ -1,29 +1,41 @@
-"""What several runs found, side by side: a table laid out like the papers' Table 1, and curves."""
+"""What several runs found, side by side: which methods cannot be told from the best."""
 
-import csv
-import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from common.config import FREE_KEYS
+from common.errors import UserError
 from common.metrics import RetrievalCurves, retrieval_curves
 from common.significance import Array, Summary, holm, paired_test, summary
+from common.yaml_layers import flatten, read_yaml
 from runners.evaluation import DIRECTIONS
-from utils.files import write_text
-from utils.output import table
-from utils.plots import plot_precision_at, plot_precision_recall, plot_training_loss, read_training_log
 
 TASKS = {"i2t": "I→T", "t2i": "T→I"}
 RANKS = (1, 5, 10, 20, 50, 100, 200, 500, 1000)  # N of precision@N
 RECALL_LEVELS = 21
 LEVEL = 0.05  # above this p-value a method counts as not distinguishable from the best
+MARKS = {
+    "*": "the best of its column",
+    "~": "not distinguishable from it (paired permutation test over the queries of these runs, Holm over the column, "
+    f"{LEVEL:.0%}; another training may differ by more)",
+    "?": "not compared: no query in common of which both kept the average precision",
+}
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError)  # what reading a file may raise
+# What tells runs apart besides their variant: columns and rows of the tables, and what a row is the mean over.
+# Where the data lie is no setting of a method: what they are, the split's fingerprint tells.
+_COUNTED = {"model.name", "model.bits", "dataset.name", "dataset.root", "dataset.cache", "run.seed",
+            "dataset.split.seed", *FREE_KEYS}  # fmt: skip
 
 
 class RunFolder:
@@ -31,14 +43,34 @@ class RunFolder:
 
     Args:
         folder: The run's folder.
-        variant: What tells it from other runs of its method, beside bits and seeds; empty if nothing does.
+
+    Attributes:
+        variant: What tells it from other runs of its method, beside bits and seeds, see `tell_apart`.
     """
 
-    def __init__(self, folder: Path, variant: str = "") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.variant = ""
         self.results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        self.model: str = self.results["model"] + (f" ({variant})" if variant else "")
         self.bits: int = self.results["bits"]
+
+    @property
+    def model(self) -> str:
+        """Name of the method, with the variant."""
+        return self.results["model"] + (f" ({self.variant})" if self.variant else "")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every value of the run's configuration by dotted key.
+
+        Raises:
+            UserError: If the file is missing or damaged.
+        """
+        path = self.folder / "config.yaml"
+        try:
+            return flatten(read_yaml(path.read_text(encoding="utf-8"), str(path)))
+        except (OSError, UnicodeDecodeError, AttributeError) as error:  # the last: no mapping
+            raise UserError(f"{path} cannot be read ({error}); make the run again, or remove its folder") from None
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -51,45 +83,90 @@ class RunFolder:
         """Fingerprint of the split that it was trained and evaluated on."""
         return str(self.results["split"]["fingerprint"])
 
-    def precisions(self, name: str) -> Array | None:
-        """Average precisions of every query, [Q], by `<bits>/<direction>/<metric>`; None of a run that kept none."""
+    @cached_property
+    def _precisions(self) -> dict[str, Array]:
+        """Average precisions of every query, [Q] each, by `<bits>/<direction>/<metric>`; empty of a run without."""
         path = self.folder / "ap-best.npz"
         if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return np.asarray(arrays[name]) if name in arrays.files else None
+            return {}
+        remedy = f"make it again with --evaluate {self.folder / 'best.pt'}, or remove it"
+        found = load_arrays(path, remedy)
+        shape = (self.results["split"]["query"],)
+        if any(values.shape != shape or values.dtype.kind != "f" for values in found.values()):
+            raise UserError(f"{path} does not hold one number of every query of the run; {remedy}")
+        return found
+
+    def precisions(self, name: str) -> Array | None:
+        """Average precisions of every query, [Q], by `<bits>/<direction>/<metric>`; None of a run that kept none.
+
+        Raises:
+            UserError: If the file is damaged, or that of other queries.
+        """
+        return self._precisions[name] if name in self._precisions else None
+
+    def saved(self, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """Codes [N, bits] (or [N, n, bits]) and labels [N, C] of `codes-best.npz`, as `q_img`, `r_txt`, `q_l`, ...
+
+        Raises:
+            UserError: If the file is missing or damaged.
+        """
+        remedy = f"make the codes again with --evaluate {self.folder / 'best.pt'}"
+        return load_arrays(self.folder / "codes-best.npz", remedy, names)
 
     def curves(self, direction: str) -> RetrievalCurves:
         """Precision-recall and precision@N of the saved codes of one direction."""
-        with np.load(self.folder / "codes-best.npz", allow_pickle=False) as arrays:
-            codes = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         asks, answers = ({"image": "img", "text": "txt"}[side] for side in DIRECTIONS[direction])
-        query, database = codes[f"q_{asks}"][..., : self.bits], codes[f"r_{answers}"][..., : self.bits]
-        return retrieval_curves(query, database, codes["q_l"], codes["r_l"], RANKS, RECALL_LEVELS)
+        saved = self.saved([f"q_{asks}", f"r_{answers}", "q_l", "r_l"]).values()
+        query, database, query_labels, labels = (torch.from_numpy(values) for values in saved)
+        query, database = query[..., : self.bits], database[..., : self.bits]
+        return retrieval_curves(query, database, query_labels, labels, RANKS, RECALL_LEVELS)
 
 
-def write_summary(folder: Path, runs: Sequence[RunFolder]) -> str:
-    """Writes `table.md`, `table.csv`, `summary.csv`, `table.tex` and the curves of finished runs on one data set.
+def load_arrays(path: Path, remedy: str, names: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of an `.npz` file, all of them or those named; nothing in the file is run.
 
     Args:
-        folder: Where the files go.
-        runs: At least one.
+        path: The file.
+        remedy: What to do about a damaged one, for the message.
+        names: In the order of the result.
 
-    Returns:
-        The table and the names of the files, for the terminal.
+    Raises:
+        UserError: If the file is missing or damaged.
     """
-    metrics = [name.partition("/")[2] for name in runs[0].numbers if name.startswith("i2t/mAP")]
-    cells = {metric: _cells(runs, metric) for metric in metrics}
-    write_text(folder / "table.csv", _csv(runs))
-    write_text(folder / "summary.csv", _summary_csv(cells))
-    notes = "".join(f"- {note}\n" for note in _notes(runs))
-    write_text(folder / "table.md", "\n".join([*(_markdown(runs, m, cells[m]) for m in metrics), notes]))
-    write_text(folder / "table.tex", "\n".join(_latex(runs, m, cells[m]) for m in metrics))
-    pictures = list(_draw(folder, runs))
-    heading, *rows = _rows(runs, metrics[0], cells[metrics[0]], str)
-    files = ["table.md", "table.csv", "summary.csv", "table.tex", *pictures]
-    caption = _caption(runs, metrics[0], cells[metrics[0]])
-    return f"{caption}\n{table([heading, *rows])}\nwritten to {folder}: {', '.join(files)}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in (file.files if names is None else names)}
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}: {error}); {remedy}") from None
+
+
+def tell_apart(runs: Sequence[RunFolder]) -> None:
+    """Names the variant of every run: the settings in which it differs from runs of its method and length.
+
+    Seeds, those of the split too, make no variant, nor does what changes no result.
+
+    Args:
+        runs: Of any methods, lengths and data sets.
+    """
+    kinds: dict[tuple[str, str], dict[int, list[RunFolder]]] = {}
+    for run in runs:
+        kind = (run.results["dataset"], run.results["model"])
+        kinds.setdefault(kind, {}).setdefault(run.bits, []).append(run)
+    for lengths in kinds.values():
+        differ = dict.fromkeys(
+            key
+            for alike in lengths.values()
+            for key in dict.fromkeys(key for run in alike for key in run.settings if key not in _COUNTED)
+            if any(_value(run, key) != _value(alike[0], key) for run in alike)
+        )
+        for run in itertools.chain(*lengths.values()):
+            run.variant = ", ".join(f"{key}={_value(run, key)}" for key in differ)
+
+
+def _value(run: RunFolder, key: str) -> str:
+    """A setting as the tables show it."""
+    value = run.settings[key] if key in run.settings else "–"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -114,35 +191,40 @@ class Cell:
         """Whether it cannot be told from the best."""
         return not self.best and self.p is not None and self.p > LEVEL
 
+    @property
+    def mark(self) -> str:
+        """One of `MARKS`; empty where it differs from the best, or nothing is there to compare with."""
+        return "*" if self.best else "~" if self.tied else "?" if self.p is None and not self.alone else ""
+
     def __str__(self) -> str:
         spread = f" ± {self.found.deviation:.4f}" if self.found.count > 1 else ""
-        mark = " *" if self.best else " ~" if self.tied else " ?" if self.p is None and not self.alone else ""
-        return f"{self.found.mean:.4f}{spread}{mark}"
+        return f"{self.found.mean:.4f}{spread} {self.mark}".rstrip()
 
 
-Cells = dict[tuple[str, int, str], Cell]  # direction, bits, model
+def compare(runs: Sequence[RunFolder], name: str) -> dict[tuple[int, str], Cell]:
+    """What every method reached at every length, and how that compares with the best of the length.
 
+    Args:
+        runs: On one data set, told apart.
+        name: Of a number of their results, such as `i2t/mAP@all`; runs without it are left out.
 
-def _cells(runs: Sequence[RunFolder], metric: str) -> Cells:
-    """Every method's cell of every column, compared with the column's best."""
-    cells: Cells = {}
-    models = list(dict.fromkeys(run.model for run in runs))
-    for direction, bits in itertools.product(TASKS, sorted({run.bits for run in runs})):
-        chosen = {model: own for model in models if (own := _select(runs, model, bits))}
-        found = {m: summary([run.numbers[f"{direction}/{metric}"] for run in own]) for m, own in chosen.items()}
+    Returns:
+        By bits and method.
+    """
+    cells: dict[tuple[int, str], Cell] = {}
+    known = [run for run in runs if name in run.numbers]
+    for bits in sorted({run.bits for run in known}):
+        models = dict.fromkeys(run.model for run in known if run.bits == bits)
+        chosen = {model: runs_of(known, model, bits) for model in models}
+        found = {model: summary([run.numbers[name] for run in own]) for model, own in chosen.items()}
         best = max(found, key=lambda model: found[model].mean)  # noqa: B023 - used at once
         others = [model for model in found if model != best]
-        compared = {m: _compared(chosen[best], chosen[m], f"{bits}/{direction}/{metric}") for m in others}
-        known = {model: p for model, p in compared.items() if p is not None}
-        adjusted = dict(zip(known, holm(list(known.values())), strict=True))
+        tested = {m: p for m in others if (p := _compared(chosen[best], chosen[m], f"{bits}/{name}")) is not None}
+        adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
         for model, numbers in found.items():
             p = 1.0 if model == best and others else adjusted.get(model)
-            cells[direction, bits, model] = Cell(numbers, p, best=model == best and bool(others), alone=not others)
+            cells[bits, model] = Cell(numbers, p, best=model == best and bool(others), alone=not others)
     return cells
-
-
-def _select(runs: Sequence[RunFolder], model: str, bits: int) -> list[RunFolder]:
-    return [run for run in runs if (run.model, run.bits) == (model, bits)]
 
 
 def _compared(ours: Sequence[RunFolder], theirs: Sequence[RunFolder], name: str) -> float | None:
@@ -159,159 +241,21 @@ def _compared(ours: Sequence[RunFolder], theirs: Sequence[RunFolder], name: str)
     if not pairs:
         return None
     first, second = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    return paired_test(first, second)
+    return None if np.isnan(first - second).all() else paired_test(first, second)
 
 
-def _rows(runs: Sequence[RunFolder], metric: str, cells: Cells, shown: Callable[[Cell], str]) -> list[list[str]]:
-    """Tasks and methods down, code lengths across, random codes last where known; the first row is the heading."""
-    lengths = sorted({run.bits for run in runs})
-    rows = [["task", "method", *(f"{bits} bits" for bits in lengths)]]
-    for direction, task in TASKS.items():
-        for model in dict.fromkeys(run.model for run in runs):
-            found = [cells.get((direction, bits, model)) for bits in lengths]
-            rows.append([task, model, *("" if cell is None else shown(cell) for cell in found)])
-    if metric.startswith("mAP@all"):
-        chance = [
-            f"{mean(run.results['random_codes'][str(bits)]['mAP@all'] for run in runs if run.bits == bits):.4f}"
-            for bits in lengths
-        ]
-        rows.append(["both", "random codes", *chance])
-    return rows
+def runs_of(runs: Sequence[RunFolder], model: str, bits: int) -> list[RunFolder]:
+    """Those of one method at one length."""
+    return [run for run in runs if (run.model, run.bits) == (model, bits)]
 
 
-def _caption(runs: Sequence[RunFolder], metric: str, cells: Cells) -> str:
-    """What the numbers are: nobody should have to guess."""
-    first = runs[0].results
-    split, seeds = first["split"], sorted({run.results["seed"] for run in runs})
-    splits = ", ".join(dict.fromkeys(run.fingerprint for run in runs))
-    several = any(cell.found.count > 1 for cell in cells.values())
-    spread = "mean ± standard deviation over" if several else "one run with"
-    marks = ""
-    if any(cell.best for cell in cells.values()):
-        marks = "; * the best of its column"
-    if any(cell.p is not None for cell in cells.values()):
-        marks += (
-            f", ~ not distinguishable from it (paired permutation test over the queries of these runs, Holm over the "
-            f"column, {LEVEL:.0%}; another training may differ by more)"
-        )
-    if any(cell.p is None and not cell.alone for cell in cells.values()):
-        marks += ", ? not compared: no query in common"
-    return (
-        f"{metric} ({_meaning(metric)}) on {first['dataset']}: "
-        f"{split['query']} queries, {split['database']} database items, split {splits}; "
-        f"{spread} seed {', '.join(map(str, seeds))}; epoch by {first['selection']}{marks}"
-    )
+def marks_of(cells: Iterable[Cell]) -> dict[str, str]:
+    """The marks that a reader of the cells needs, with their meaning.
 
-
-def _meaning(metric: str) -> str:
-    if "(expected)" in metric:
-        return "list cut at rank k, expectation over all orders of ties"
-    if "(top)" in metric:
-        return "list cut at rank k, ties by database order"
-    return "first min(k, relevant) relevant items, ties by database order"
-
-
-def _notes(runs: Sequence[RunFolder]) -> list[str]:
-    return [f"{model}: {mark}" for model, mark in dict.fromkeys((r.model, m) for r in runs for m in r.results["marks"])]
-
-
-def _markdown(runs: Sequence[RunFolder], metric: str, cells: Cells) -> str:
-    def shown(cell: Cell) -> str:
-        text = str(cell).removesuffix(" *")
-        return f"**{text}**" if cell.best else text
-
-    heading, *rows = _rows(runs, metric, cells, shown)
-    caption = _caption(runs, metric, cells).replace("; * the best", "; bold: the best")
-    lines = [f"**{caption}**", "", _bar(heading), _bar(["---"] * len(heading)), *map(_bar, rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _bar(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(texts)} |"
-
-
-def _latex(runs: Sequence[RunFolder], metric: str, cells: Cells) -> str:
-    """A table with booktabs' rules: the best in bold, what cannot be told from it underlined."""
-
-    def escaped(text: str) -> str:
-        return text.replace("→", r"$\to$").replace("±", r"$\pm$").replace("_", r"\_").replace("%", r"\%")
-
-    def shown(cell: Cell) -> str:
-        text = str(cell).removesuffix(" *").removesuffix(" ~")
-        return rf"\textbf{{{text}}}" if cell.best else rf"\underline{{{text}}}" if cell.tied else text
-
-    def row(texts: Sequence[str]) -> str:
-        return f"{' & '.join(map(escaped, texts))} " + r"\\"
-
-    heading, *rows = _rows(runs, metric, cells, shown)
-    caption = _caption(runs, metric, cells).replace("; * the", "; bold: the").replace("~ not", "underlined: not")
-    body: list[str] = []
-    for _, group in itertools.groupby(rows, key=lambda texts: texts[0]):
-        body += [r"\midrule", *map(row, group)]
-    return "\n".join(
-        [
-            r"\begin{table}  % needs \usepackage{booktabs}",
-            rf"\caption{{{escaped(caption)}}}",
-            rf"\begin{{tabular}}{{ll{'c' * (len(heading) - 2)}}}",
-            r"\toprule",
-            row(heading),
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _summary_csv(cells: Mapping[str, Cells]) -> str:
-    """Every cell of every table, one a line, with its interval and p-value."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["metric", "direction", "bits", "model", "runs", "mean", "std", "low95", "high95", "p_against_best"]
-    )
-    for metric, found in cells.items():
-        for (direction, bits, model), cell in found.items():
-            s = cell.found
-            several = [repr(value) if s.count > 1 else "" for value in (s.deviation, s.low, s.high)]
-            p = "" if cell.p is None else f"{cell.p:.5f}"
-            writer.writerow([metric, direction, bits, model, s.count, repr(s.mean), *several, p])
-    return text.getvalue()
-
-
-def _csv(runs: Sequence[RunFolder]) -> str:
-    """Every number of every run, one a line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "split", "model", "bits", "seed", "best_epoch", "direction", "metric", "value"])
-    for run in runs:
-        results = run.results
-        head = [results["dataset"], results["split"]["fingerprint"], run.model, run.bits, results["seed"]]
-        for name, value in run.numbers.items():
-            direction, _, metric = name.partition("/")
-            writer.writerow([*head, results["best"]["epoch"], direction, metric, repr(value)])
-    return text.getvalue()
-
-
-def _draw(folder: Path, runs: Sequence[RunFolder]) -> Iterable[str]:
-    """Precision-recall and precision@N, with bands where there are several runs, and the first run's loss."""
-    dataset = runs[0].results["dataset"]
-    models = list(dict.fromkeys(run.model for run in runs))
-    for bits in sorted({run.bits for run in runs}):
-        chosen = {model: own for model in models if (own := _select(runs, model, bits))}
-        for direction, task in TASKS.items():
-            found = {model: [run.curves(direction) for run in own] for model, own in chosen.items()}
-            title = f"{dataset}, {bits} bits, {task}"
-            name = f"precision-recall-{direction}-{bits}bits.png"
-            recall = {m: (c[0].recall_levels, [one.precision_at_recall for one in c]) for m, c in found.items()}
-            plot_precision_recall(recall, title, folder / name)
-            yield name
-            name = f"precision-at-n-{direction}-{bits}bits.png"
-            precision = {m: (c[0].ranks, [one.precision_at for one in c]) for m, c in found.items()}
-            plot_precision_at(precision, title, folder / name)
-            yield name
-        losses = {model: read_training_log(own[0].folder / "log.jsonl")["loss"] for model, own in chosen.items()}
-        name = f"training-loss-{bits}bits.png"
-        plot_training_loss(losses, f"{dataset}, {bits} bits", folder / name)
-        yield name
+    `~` is explained wherever there was a test, so that its absence says something.
+    """
+    listed = list(cells)
+    needed = {cell.mark for cell in listed}
+    if any(cell.p is not None and not cell.best for cell in listed):
+        needed.add("~")
+    return {mark: meaning for mark, meaning in MARKS.items() if mark in needed}

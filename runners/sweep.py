@@ -21,13 +21,15 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from common.checkpoint import require_same
+from common.checkpoint_config import stored_config
 from common.config import FREE_KEYS, Config, Section, load_config, load_section
 from common.errors import UserError
 from common.places import Mark
 from common.registry import RUNNERS
 from common.yaml_layers import flatten
-from runners.comparison import RunFolder, write_summary
+from runners.comparison import RunFolder
 from runners.resuming import BusyError
+from runners.tables import write_summary
 from utils.distributed import barrier, from_main, is_main
 from utils.files import make_folder
 from utils.launch import devices, in_group
@@ -73,7 +75,6 @@ class Sweep:
         self.folder, self.parallel = Path(sweep.save_dir), sweep.parallel
         self._command = ["--config-file", str(path), *(f"--import={file}" for file in imports), *overrides]
         self.planned: list[Config] = []
-        self._rows: list[str] = []  # of the table, beside the method's name
         taken = {
             "model.bits": "bits",
             "run.seed": "seeds",
@@ -83,20 +84,20 @@ class Sweep:
         for key in sweep.grid:
             if key in taken:
                 raise UserError(f"{path}: sweep.grid names {key}, which sweep.{taken[key]} sets; name its values there")
+            if key in FREE_KEYS:
+                raise UserError(f"{path}: sweep.grid names {key}, which changes no result; leave it out")
         shared = [entry for entry in overrides if entry not in own]
         splits = [[]] if sweep.split_seeds is None else [[f"dataset.split.seed={seed}"] for seed in sweep.split_seeds]
         choices = [[(key, value) for value in values] for key, values in sweep.grid.items()]
         for file, chosen, bits, split, seed in itertools.product(
             sweep.configs, itertools.product(*choices), sweep.bits, splits, sweep.seeds
         ):
-            row = ", ".join(f"{key}={_short(value)}" for key, value in chosen)
             name = "".join(f"-{re.sub(r'[^A-Za-z0-9._=-]+', '_', f'{key}={_short(value)}')}" for key, value in chosen)
             name += "".join(f"-split{entry.partition('=')[2]}" for entry in split)
             entries = [f"{key}={_written(value)}" for key, value in chosen]
             entries += [*split, f"model.bits={bits}", f"run.seed={seed}"]
             entries.append(f"run.save_dir={sweep.save_dir}/{{model}}-{{bits}}bits-seed{{seed}}{name}")
             self.planned.append(load_config(file, [*shared, *entries]))
-            self._rows.append(row)
         self._require_comparable(path)
 
     def _require_comparable(self, path: Path) -> None:
@@ -123,11 +124,7 @@ class Sweep:
         """
         failed = self._work_in_processes() if self.parallel > 1 else self._work()
         if is_main():
-            finished = [
-                RunFolder(config.run_folder, row)
-                for config, row in zip(self.planned, self._rows, strict=True)
-                if config.run_folder not in failed
-            ]
+            finished = [RunFolder(config.run_folder) for config in self.planned if config.run_folder not in failed]
             if finished:
                 say(write_summary(self.folder, finished))
         barrier()
@@ -215,7 +212,7 @@ class Sweep:
 
 
 def _short(value: Any) -> str:
-    """A value of a grid as the table and the folder show it."""
+    """A value of a grid as the folder shows it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -237,7 +234,7 @@ def _is_done(config: Config) -> bool:
     folder = config.run_folder
     if not _has_results(config):
         return False
-    theirs, ours = flatten(load_config(folder / "config.yaml").tree), flatten(config.tree)
+    theirs, ours = flatten(stored_config(folder / "config.yaml").tree), flatten(config.tree)
     require_same(
         {key: value for key, value in ours.items() if key not in FREE_KEYS},
         {key: value for key, value in theirs.items() if key not in FREE_KEYS},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.significance import holm, paired_test, summary
+from common.significance import band, holm, paired_test, summary
 
 
 def test_interval_of_a_mean() -> None:
@@ -15,7 +15,16 @@ def test_interval_of_a_mean() -> None:
     low, high = stats.t.interval(0.95, 2, loc=0.52, scale=0.02 / 3**0.5)
     assert (found.low, found.high) == pytest.approx((low, high))
     alone = summary([0.5])
-    assert alone.mean == 0.5 and np.isnan([alone.deviation, alone.low, alone.high]).all()
+    assert alone.mean == 0.5 and np.isnan([alone.deviation, alone.low, alone.high, alone.half]).all()
+    assert found.half == pytest.approx((high - low) / 2)
+
+
+def test_band_of_curves() -> None:
+    mean, deviation = band([[0.2, 0.5, np.nan], [0.4, 0.5, 0.1]])
+    assert mean.tolist() == pytest.approx([0.3, 0.5, np.nan], nan_ok=True)
+    assert deviation.tolist() == pytest.approx([0.02**0.5, 0, np.nan], nan_ok=True)
+    mean, deviation = band([[0.2, 0.5]])
+    assert mean.tolist() == [0.2, 0.5] and np.isnan(deviation).all()
 
 
 def test_few_queries_are_tested_with_all_flips() -> None:

@@ -134,6 +134,14 @@ def test_grid_and_split_seeds_make_runs_and_rows(sweep: Path, tmp_path: Path, ti
     assert len({results["split"]["fingerprint"] for results in found.values()}) == 2
     for rate in ("0.001", "0.0001"):
         assert re.search(rf"I→T +DSPH \(optim\.main\.lr\.head={rate}\) +0\.\d{{4}} ± 0\.\d{{4}}", out)
+    assert run("--report", folder)[0] == 0
+    page = (folder / "report.html").read_text()
+    for rate in ("0.001", "0.0001"):  # the page has the rows of the table
+        assert re.search(
+            rf"<td[^>]*>DSPH \(optim\.main\.lr\.head={rate}\)</td><td[^>]*>16</td><td>1; 2 splits</td>", page
+        )
+    line = refused("--config-file", sweep, *entries, "sweep.grid={run.workers: [0, 1]}")
+    assert "sweep.grid names run.workers, which changes no result" in line
     line = refused("--config-file", sweep, *entries, "sweep.grid={optim.main.lr.heat: [1]}")
     assert "optim.main.lr" in line and "heat" in line
     line = refused("--config-file", sweep, *entries, "sweep.grid={run.seed: [5, 6]}")

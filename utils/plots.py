@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.errors import UserError
+from common.significance import band
 from utils.files import atomic
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -140,12 +141,12 @@ def _style(axes: Axes, x: str, y: str, title: str) -> None:
 
 
 def _draw(axes: Axes, curves: Mapping[str, Bundle]) -> None:
-    means: dict[str, Curve] = {name: (xs, np.mean(runs, axis=0).tolist()) for name, (xs, runs) in curves.items()}
+    bands = {name: (xs, *band(runs)) for name, (xs, runs) in curves.items()}
+    means: dict[str, Curve] = {name: (xs, middle.tolist()) for name, (xs, middle, _) in bands.items()}
     _require_points(means, axes.get_title())
     finite = {name: _finite(curve) for name, curve in means.items()}
-    for number, (xs, runs) in enumerate(curves.values()):
-        if len(runs) > 1:
-            middle, spread = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1)
+    for number, (xs, middle, spread) in enumerate(bands.values()):
+        if np.isfinite(spread).any():
             colour = _COLOURS[number % len(_COLOURS)]
             axes.fill_between(xs, middle - spread, middle + spread, color=colour, alpha=0.2, linewidth=0)
     for number, (name, (xs, ys)) in enumerate(finite.items()):

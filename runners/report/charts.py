@@ -4,13 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.significance import band
+
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 8, 30
 TICKS = 4
+COLOURS, DASHES = 9, 4  # of the style sheet; lines repeat after 36
 
 
 def line_chart(
-    title: str, x: str, y: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    title: str, x: str, y: str, curves: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
 ) -> dict[str, Any] | None:
     """Lines from the origin of y; None where no curve has a point.
 
@@ -18,26 +21,38 @@ def line_chart(
         title: What is shown.
         x: Name of the horizontal axis.
         y: Name of the vertical axis.
-        curves: Name -> (x, y); points that are not finite are left out.
+        curves: Name -> (x, y of every run). Of several runs the mean is drawn, in a band of one standard deviation to
+            either side that ends at 0; points that are not finite are left out.
     """
-    finite = {
-        name: [(a, b) for a, b in zip(xs, ys, strict=True) if math.isfinite(a) and math.isfinite(b)]
-        for name, (xs, ys) in curves.items()
-    }
+    finite = {name: _mean_curve(xs, runs) for name, (xs, runs) in curves.items()}
     points = [point for series in finite.values() for point in series]
     if not points:
         return None
-    whole = all(float(a).is_integer() for a, _ in points)
-    low, high = min(a for a, _ in points), max(a for a, _ in points)
-    top = max(b for _, b in points) * 1.05 or 1.0
+    whole = all(float(a).is_integer() for a, _, _ in points)
+    low, high = min(a for a, _, _ in points), max(a for a, _, _ in points)
+    top = max(b + (spread or 0) for _, b, spread in points) * 1.05 or 1.0
     across = _scale(low, high if high > low else low + 1, LEFT, WIDTH - RIGHT)
     up = _scale(0, top, HEIGHT - BOTTOM, TOP)
     lines = [
         {
             "name": name,
-            "style": number % 9,
-            "points": " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in series),
-            "dots": [(round(across(a), 1), round(up(b), 1), f"{a:g}: {b:.4f}") for a, b in series][:60],
+            "style": number % COLOURS,
+            "dash": number % DASHES,
+            "points": " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b, _ in series),
+            "band": " ".join(
+                f"{across(a):.1f},{up(max(b + side * spread, 0)):.1f}"
+                for side, way in ((1, series), (-1, series[::-1]))
+                for a, b, spread in way
+                if spread is not None
+            ),
+            "dots": [
+                (
+                    round(across(a), 1),
+                    round(up(b), 1),
+                    f"{a:g}: {b:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
+                )
+                for a, b, spread in series
+            ][:60],
         }
         for number, (name, series) in enumerate(finite.items())
     ]
@@ -46,6 +61,15 @@ def line_chart(
         "lines": lines,
         "marks": [(round(across(value), 1), f"{value:.4g}") for value in _ticks(low, high, whole)],
     }
+
+
+def _mean_curve(xs: Sequence[float], runs: Sequence[Sequence[float]]) -> list[tuple[float, float, float | None]]:
+    """Points of the mean over runs, with the deviation where there are several."""
+    return [
+        (x, y, spread if math.isfinite(spread) else None)
+        for x, y, spread in zip(xs, *(values.tolist() for values in band(runs)), strict=True)
+        if math.isfinite(x) and math.isfinite(y)
+    ]
 
 
 def bar_chart(title: str, x: str, y: str, groups: Mapping[str, Sequence[float]], first: int = 0) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import base64
 import io
 import logging
-import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +18,9 @@ from common.config import load_config
 from common.errors import UserError
 from common.metrics import average_precision
 from common.registry import DATASETS
-from common.yaml_layers import flatten, read_yaml
 from dataset.base import PairedDataset
 from dataset.columns import CaptionColumn
-from runners.comparison import RunFolder
+from runners.comparison import RunFolder, tell_apart
 from runners.evaluation import DIRECTIONS
 
 logger = logging.getLogger(__name__)
@@ -68,36 +66,22 @@ class ReportedRun(RunFolder):
     @cached_property
     def arrays(self) -> dict[str, Tensor]:
         """Codes and labels of queries and database as they were saved, codes cut to the run's length."""
-        path = self.folder / "codes-best.npz"
-        names = ["q_img", "q_txt", "r_img", "r_txt", "q_l", "r_l"]
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: torch.from_numpy(file[name]) for name in names}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path} is missing or damaged ({type(error).__name__}: {error}); make the codes again with --evaluate "
-                f"{self.folder / 'best.pt'}"
-            ) from None
+        saved = self.saved(["q_img", "q_txt", "r_img", "r_txt", "q_l", "r_l"])
+        found = {name: torch.from_numpy(values) for name, values in saved.items()}
         for side in "qr":
             labels = found[f"{side}_l"]
             for codes in (found[f"{side}_img"], found[f"{side}_txt"]):
                 fits = codes.ndim in (2, 3) and codes.shape[-1] >= self.bits and 0 < len(codes) == len(labels)
                 if not fits or labels.shape[1:] != found["q_l"].shape[1:] or not bool((codes.abs() == 1).all()):
                     raise UserError(
-                        f"{path} does not hold codes of {self.bits} bits with labels; make them again with --evaluate "
-                        f"{self.folder / 'best.pt'}"
+                        f"{self.folder / 'codes-best.npz'} does not hold codes of {self.bits} bits with labels; make "
+                        f"them again with --evaluate {self.folder / 'best.pt'}"
                     )
         return {name: value if name.endswith("_l") else value[..., : self.bits] for name, value in found.items()}
 
-    @cached_property
-    def settings(self) -> dict[str, str]:
-        """Every value of the run's configuration, as text."""
-        path = self.folder / "config.yaml"
-        try:
-            tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); make the run again, or remove its folder") from None
-        return {key: str(value) for key, value in flatten(tree).items()}
+    def forget(self) -> None:
+        """Drops the codes, which are read again when asked for: those of all runs of a folder may be large."""
+        vars(self).pop("arrays", None)
 
     @cached_property
     def dataset(self) -> PairedDataset | str:
@@ -245,13 +229,15 @@ def find_runs(folder: Path) -> tuple[list[ReportedRun], list[str]]:
     if not finished:
         what = f" ({', '.join(unfinished)} not finished: run the command again)" if unfinished else ""
         raise UserError(f"--report {folder}: holds no finished run{what}; name the folder of a run or of a sweep")
-    return [ReportedRun(path) for path in finished], unfinished
+    runs = [ReportedRun(path) for path in finished]
+    tell_apart(runs)
+    return runs, unfinished
 
 
 def differences(runs: list[ReportedRun], free: frozenset[str]) -> dict[str, list[str]]:
     """The settings in which runs differ, but those that change no result: key -> value of every run."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in free)
-    values = {key: [run.settings[key] if key in run.settings else "–" for run in runs] for key in keys}
+    values = {key: [str(run.settings[key]) if key in run.settings else "–" for run in runs] for key in keys}
     return {key: own for key, own in values.items() if len(set(own)) > 1}
 
 
