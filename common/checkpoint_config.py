@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_origin
 
@@ -52,6 +53,21 @@ def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
     said = [f"{key}={value} ({origins[key]})" for key, value in flatten(own).items() if key in places]
     logger.info("settings of %s, with these places and processes: %s", path, ", ".join(said))
     return config
+
+
+def stored_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run from the `config.yaml` in its folder, of this version or an earlier one.
+
+    Args:
+        path: The file.
+        overrides: Entries `section.key=value`.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    origins: dict[str, str] = {}
+    tree = with_younger_settings(read_layers(path, origins, ()), origins)
+    return build_config(tree, origins, list(overrides))
 
 
 def with_younger_settings(tree: Tree, origins: dict[str, str] | None = None) -> Tree:

@@ -10,7 +10,7 @@ def exit_code(work: Callable[[], object], place: str) -> int:
     """Does the work of a script.
 
     Args:
-        work: What the script does; the same command, given again, goes on where it was interrupted.
+        work: What the script does; the same command may be given again after an interruption.
         place: Where it writes, for errors that name no file.
 
     Returns:
@@ -25,6 +25,6 @@ def exit_code(work: Callable[[], object], place: str) -> int:
         sys.stderr.write(f"error: {error.filename or place}: {error.strerror or error}; mend it and run again\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
+        sys.stderr.write("interrupted; run the same command again\n")
         return 130
     return 0

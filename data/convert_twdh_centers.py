@@ -20,6 +20,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
+from data.command_line import exit_code
 from models.blocks.center_files import check_centers, write_centers
 from models.blocks.hash_centers import HashCenters, wrong_bits
 from utils.files import make_folder
@@ -140,12 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, required=True, help="folder with long/, short/ and trans/")
     parser.add_argument("--root", type=Path, default=Path("data/twdh"), help="folder to write to (%(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        convert(options.source, options.root)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return exit_code(lambda: convert(options.source, options.root), str(options.root))
 
 
 def _is_plain(array: Tensor) -> bool:

@@ -39,6 +39,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from common.yaml_layers import read_yaml
+from data.command_line import exit_code
 from data.mat_files import string_cells, string_rows, write_mat
 from utils.files import in_turn, write_json, write_text
 from utils.progress import progress
@@ -406,15 +407,7 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw (%(default)s)")
     options = parser.parse_args()
-    try:
-        make(options.root, options.size, options.workers)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing is left behind, the same command starts again\n")
-        return 130
-    return 0
+    return exit_code(lambda: make(options.root, options.size, options.workers), str(options.root))
 
 
 if __name__ == "__main__":

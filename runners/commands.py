@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import load
-from common.checkpoint_config import checkpoint_config
+from common.checkpoint_config import checkpoint_config, stored_config
 from common.config import Config, has_section, load_config
 from common.errors import UserError
 from common.registry import RUNNERS
@@ -180,7 +180,7 @@ def read_config(options: argparse.Namespace) -> Config:
             raise UserError(
                 f"{options.save_dir} holds no run to go on with (no config.yaml); start it with --config-file"
             )
-        return load_config(file, overrides)
+        return stored_config(file, overrides)
     if options.evaluate is not None:
         checkpoint = load(options.evaluate)
         if checkpoint.is_ours:

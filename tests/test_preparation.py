@@ -295,7 +295,7 @@ def test_interrupted_by_the_user(
     with monkeypatch.context() as patched:
         patched.setattr(preparation, "make_report", interrupted)
         assert prepare("wiki", source, root) == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     assert prepare("wiki", source, root) == 0
     assert "still to be checked" not in capsys.readouterr().err
 

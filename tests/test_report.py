@@ -173,7 +173,8 @@ def test_variants_are_settings_that_differ_within_a_length(tmp_path: Path) -> No
         (folder / "results.json").write_text(json.dumps({"model": model, "dataset": "d", "bits": bits}))
         (folder / "config.yaml").write_text(
             f"model: {{name: {model}, bits: {bits}, top: {top}}}\n"
-            f"dataset: {{name: d, root: /{number}, split: {{seed: {seed}}}}}\noptim: {{lr: {rate}}}\nrun: {{seed: {seed}, device: '{number}', save_dir: x{number}}}\n"
+            f"dataset: {{name: d, root: /{number}, split: {{seed: {seed}}}}}\noptim: {{lr: {rate}}}\n"
+            f"run: {{seed: {seed}, device: '{number}', save_dir: x{number}}}\n"
         )
         runs.append(RunFolder(folder))
     tell_apart(runs)

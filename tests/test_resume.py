@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from common import checkpoint
 from common.config import Config
 from common.errors import UserError
 from runners.runner import Runner
-from tests.commands import finish, start
+from tests.commands import finish, run, start
 from tests.processes import run_processes
 from tests.test_equivalence import SCHEDULE, config_of, losses, train
 from tests.test_runner import arguments, assert_same_state, final_state, wait_for_step
@@ -137,6 +138,15 @@ def test_settings_younger_than_a_run_keep_it_from_nothing(
     assert runner.lock is not None
     runner.lock.release()
     assert_same_state(final_state(whole), go_on(config_of(METHOD, tmp_path, settings)))
+
+    file = tmp_path / "config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    del tree["run"]["matmul"], tree["evaluate"]["select"]
+    file.write_text(yaml.safe_dump(tree))
+    code, _, err = run("--resume", "--save-dir", tmp_path)
+    assert code == 0, err
+    assert yaml.safe_load(file.read_text())["run"]["matmul"] == "highest"
+    assert_same_state(final_state(whole), final_state(tmp_path))
 
 
 def go_on_together(folder: str, overrides: list[str]) -> dict[str, torch.Tensor]:
