@@ -67,10 +67,14 @@ class RunFolder:
             UserError: If the file is missing or damaged.
         """
         path = self.folder / "config.yaml"
+        remedy = "make the run again, or remove its folder"
         try:
-            return flatten(read_yaml(path.read_text(encoding="utf-8"), str(path)))
-        except (OSError, UnicodeDecodeError, AttributeError) as error:  # the last: no mapping
-            raise UserError(f"{path} cannot be read ({error}); make the run again, or remove its folder") from None
+            tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{path} is no mapping of keys to values; {remedy}")
+        return flatten(tree)
 
     @property
     def numbers(self) -> dict[str, float]:

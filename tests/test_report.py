@@ -276,7 +276,7 @@ def test_without_its_data_set_a_page_says_so(sweep: Path, tmp_path: Path) -> Non
         ("codes-best.npz", None, "codes-best.npz is missing or damaged"),
         ("config.yaml", None, "config.yaml"),
         ("config.yaml", b"a: [", "config.yaml"),
-        ("config.yaml", b"[1]", "config.yaml"),
+        ("config.yaml", b"[1]", "config.yaml is no mapping of keys to values"),
     ],
 )
 def test_damaged_runs(sweep: Path, tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
@@ -300,6 +300,8 @@ def test_folders_without_runs(tmp_path: Path) -> None:
     assert "holds no finished run" in refused("--report", tmp_path)
     (tmp_path / "half").mkdir()
     (tmp_path / "half/config.yaml").write_text("model: {}")
+    assert "half" not in refused("--report", tmp_path).partition("holds")[2]  # a YAML alone is no run
+    (tmp_path / "half/log.jsonl").touch()
     assert "half not finished" in refused("--report", tmp_path)
 
 

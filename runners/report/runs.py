@@ -225,7 +225,7 @@ def find_runs(folder: Path) -> tuple[list[ReportedRun], list[str]]:
     below = sorted(path for path in folder.iterdir() if path.is_dir())
     folders = [folder] if (folder / "results.json").exists() else below
     finished = [path for path in folders if (path / "results.json").exists()]
-    unfinished = [path.name for path in folders if path not in finished and (path / "config.yaml").exists()]
+    unfinished = [path.name for path in folders if path not in finished and (path / "log.jsonl").exists()]
     if not finished:
         what = f" ({', '.join(unfinished)} not finished: run the command again)" if unfinished else ""
         raise UserError(f"--report {folder}: holds no finished run{what}; name the folder of a run or of a sweep")
