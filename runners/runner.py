@@ -17,6 +17,7 @@ from common import checkpoint
 from common.config import Config
 from common.optim import build_optimizers
 from common.registry import RUNNERS
+from common.state_writer import StateWriter
 from common.types import Progress, StepOutput
 from models.base import HashingModel
 from runners import diagnostics, encoding
@@ -125,9 +126,12 @@ class Runner:
                 write_text(self.folder / "config.yaml", self.config.to_yaml())
             self.step_log = StepLog(self.config.run.log_every)
             self.saved_at = time.monotonic()
-            with progress(
-                total=self.steps, initial=self.state.step, desc=self.config.model.name, unit="step"
-            ) as self.bar:
+            with (
+                progress(
+                    total=self.steps, initial=self.state.step, desc=self.config.model.name, unit="step"
+                ) as self.bar,
+                StateWriter() as self.writer,
+            ):
                 try:
                     if self.state.step == 0:
                         self.state.untrained = diagnostics.report_untrained(
@@ -169,7 +173,8 @@ class Runner:
         best = reported(self.state.history, self.config) is self.state.history[-1]
         if self.record is not None:  # the first process
             if best:
-                checkpoint.save(self.folder / "best.pt", self._meta(epoch=epoch), self.model.state_dict())
+                save = functools.partial(checkpoint.save, self.folder / "best.pt", self._meta(epoch=epoch))
+                self.writer.begin(save, self.model.state_dict())
                 if "query" in self.watched:
                     save_codes(self.folder, "best", found, self.model.code_lengths)
         diagnostics.report(self.state.step, self.state.history, found, self.evaluator, self.record, best)
@@ -202,15 +207,17 @@ class Runner:
             self._log_steps()
             self._save()
         if stopped:
+            self.writer.wait()
+            barrier()  # the others must not end while the first process writes
             raise Interrupted(self.stop.signal, self.state.step, self.folder)
 
     def _save(self) -> None:
         if is_main():
             states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             meta = self._meta(state=dataclasses.asdict(self.state))
-            self.checkpoints.save(self.state.step, meta, self.model.state_dict(), states)
+            save = functools.partial(self.checkpoints.save, self.state.step, meta)
+            self.writer.begin(save, self.model.state_dict(), states)
         self.saved_at = time.monotonic()
-        barrier()
 
     def _meta(self, **position: Any) -> dict[str, Any]:
         """What a checkpoint says of itself, and where the run stood."""
