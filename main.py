@@ -58,7 +58,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="Python file that registers a method, runner or data set of your own")  # fmt: skip
     parser.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")
     parser.add_argument("--list", action="store_true", help="list methods, runners, data sets and index engines")
-    parser.add_argument("--print-config", action="store_true", help="print every value and where it came from")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every value and where it came from, and the runs of a sweep"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.bits=64 run.epochs=10")
     return parser.parse_intermixed_args(arguments)
 

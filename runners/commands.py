@@ -122,6 +122,8 @@ def _do(options: argparse.Namespace) -> int:
         sweep = Sweep(options.config_file, overrides_of(options), options.imports)
     config = sweep.planned[0] if sweep is not None else read_config(options)
     if options.print_config:
+        if sweep is not None:
+            say(f"{sweep.list_runs()}\n\nrun 1, value by value:")
         print_config(config)
         return 0
     if config.run.distribute and not launch.in_group():

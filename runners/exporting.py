@@ -82,7 +82,7 @@ def export_command(source: Path, folder: str | None, inputs: Sequence[str], over
     make_folder(target.parent, "--save-dir")
     part = target.with_name(f".{target.name}.part")
     with claimed(part, "--save-dir"):
-        for left in part.iterdir():
+        for left in part.glob("[!.]*"):  # not the lock
             left.unlink()
         described = _described(encoder)
         rows = [["file", "input", "code", "rows compared", "bits that differ"]]
@@ -98,7 +98,7 @@ def export_command(source: Path, folder: str | None, inputs: Sequence[str], over
             shown = (described[kind]["input"]["shape"], described[kind]["output"]["shape"])
             rows.append([file.name, *(json.dumps(shape) for shape in shown), str(len(samples[kind])), str(differ)])
         write_json(part / DESCRIPTION, described)
-        for written in part.iterdir():
+        for written in part.glob("[!.]*"):
             with open(written, "rb") as opened:
                 os.fsync(opened.fileno())
         try:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from common.checkpoint import require_same
+from common.checkpoint import Checkpoints, require_same
 from common.checkpoint_config import stored_config
 from common.config import FREE_KEYS, Config, Section, load_config, load_section
 from common.errors import UserError
@@ -33,7 +33,7 @@ from runners.tables import write_summary
 from utils.distributed import barrier, from_main, is_main
 from utils.files import make_folder
 from utils.launch import devices, in_group
-from utils.output import say
+from utils.output import say, table
 from utils.progress import progress
 from utils.signals import Interrupted, StopRequest, end_with_parent
 
@@ -114,6 +114,15 @@ class Sweep:
             raise UserError(
                 "sweep.parallel starts processes of one device each; leave --distribute out, or parallel at 1"
             )
+
+    def list_runs(self) -> str:
+        """A table of all runs, in order, and where each stands."""
+        rows = [["run", "folder", "state"]]
+        for number, config in enumerate(self.planned, start=1):
+            folder = config.run_folder
+            begun = "begun" if Checkpoints(folder / "checkpoints", 1).paths() else "not begun"
+            rows.append([str(number), str(folder), "done" if _has_results(config) else begun])
+        return table(rows)
 
     def run(self) -> None:
         """Makes every run that is not done yet, then writes and prints the summary.

@@ -1,6 +1,9 @@
 """Every index engine keeps one contract: what it finds equals a brute-force search."""
 
 import contextlib
+import os
+import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import pytest
 from common.codes import Codes
 from common.errors import UserError
 from common.registry import INDEXES
+from runners.search.embedded import CATALOG
 from runners.search.engine import Header, Kind
 from runners.search.index import Entry, Index
 from runners.search.settings import SearchConfig
+from tests.processes import Forked
 
 BITS = 20
 ENGINES = INDEXES.names()
@@ -132,6 +137,30 @@ def test_what_was_not_saved_is_dropped(config: SearchConfig, tmp_path: Path) -> 
         assert len(index) == 19
     with Index.open(tmp_path / "index") as index:
         assert len(index) == (19 if config.engine == "milvus" else 10)  # Milvus has no transactions
+
+
+def _die_while_committing(catalog: Path) -> None:
+    database = sqlite3.connect(catalog, isolation_level=None)
+    database.execute("PRAGMA cache_size = 1")  # changes reach the file before the commit
+    database.execute("BEGIN")
+    for number in range(1000, 3000):
+        database.execute("INSERT INTO rows VALUES (?, 'text', ?, '1', x'000000', '{}')", (number, f"more {number}"))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("config", ["flat"], indirect=True)
+def test_reading_after_a_kill_in_the_middle_of_a_commit(config: SearchConfig, tmp_path: Path) -> None:
+    """SQLite then finds a journal that must be rolled back before anything can be read."""
+    with Index(tmp_path / "index", header("flat"), config, writable=True) as index:
+        index.add(range(10), random_codes(10, 0), entries(10))
+        index.save()
+    killed = Forked(_die_while_committing, tmp_path / "index" / CATALOG)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and (tmp_path / "index" / f"{CATALOG}-journal").stat().st_size > 0
+    with Index.open(tmp_path / "index") as index:
+        assert len(index) == 10 and len(index.search(random_codes(1, 0), 10)[0]) == 10
+        with pytest.raises(UserError, match="readonly"):
+            index.add([10], random_codes(1, 1), entries(1, 10))
 
 
 def test_a_milvus_file_has_a_server_only_while_it_is_used(request: pytest.FixtureRequest, tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def test_a_sweep_survives_interruption_and_writes_one_table(
     assert interrupted_at(2, signal.SIGTERM, "--config-file", sweep, *entries, seed=2)[0] == 75
     assert not (folder / "DSPH-16bits-seed2" / "results.json").exists()
     first = (folder / "DSPH-16bits-seed1" / "results.json").stat().st_mtime_ns
+    code, out, err = run("--config-file", sweep, *entries, "--print-config")
+    assert code == 0 and "run 1, value by value" in out, err
+    listed = [(line.split()[0], Path(line.split()[1]).name, line.split(None, 2)[2]) for line in out.splitlines()[2:10]]
+    assert listed[:3] == [("1", "DSPH-16bits-seed1", "done"), ("2", "DSPH-16bits-seed2", "begun"),
+                          ("3", "DSPH-32bits-seed1", "not begun")]  # fmt: skip
+    assert listed[7] == ("8", "DCMHT-32bits-seed2", "not begun")
     code, out, err = run("--config-file", sweep, *entries)
     assert code == 0, err
     assert "is done" in err and (folder / "DSPH-16bits-seed1" / "results.json").stat().st_mtime_ns == first

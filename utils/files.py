@@ -8,13 +8,14 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 
 log = logging.getLogger(__name__)
+LOCK = ".lock"  # in a folder that a process holds
 
 
 @contextmanager
@@ -82,29 +83,75 @@ def make_folder(path: Path, key: str) -> None:
 class FolderLock:
     """Holds a folder until `release`, the end of this object or that of the process, a kill included.
 
+    What is locked is a file in it, `.lock`: NFS passes locks of files on to other machines, those of folders it does
+    not. A kill leaves the file behind, unlocked.
+
     Args:
-        folder: An existing folder.
+        folder: An existing folder; it may be renamed meanwhile.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._handle = os.open(folder, os.O_RDONLY)
-        self._close = weakref.finalize(self, os.close, self._handle)
+        self._place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._handle: int | None = None
+        self._end = weakref.finalize(self, FolderLock._give_back, self._place, None)
         _locks.add(self)
 
     def acquire(self, wait: bool) -> bool:
-        """Takes the lock; without `wait`, returns False at once if another process holds it."""
-        if not self._close.alive:
+        """Takes the lock; without `wait`, returns False at once if another process holds it.
+
+        Raises:
+            UserError: If it cannot be locked at all.
+        """
+        if not self._end.alive:
             raise ValueError(f"the lock of {self.folder} was given back")
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
+        while self._handle is None:
+            handle = -1
+            try:
+                handle = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o666, dir_fd=self._place)
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _is_named(handle, self._place):  # else its holder gave it back, and removed it, meanwhile
+                    self._handle, handle = handle, -1
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder / LOCK} cannot be locked ({error.strerror}); if a process of another user left it "
+                    "behind, remove it; if the file system has no locks, name a folder on another"
+                ) from None
+            finally:
+                if handle >= 0:
+                    os.close(handle)
+        self._end.detach()
+        self._end = weakref.finalize(self, FolderLock._give_back, self._place, self._handle)
         return True
 
     def release(self) -> None:
         """Gives the folder back."""
-        self._close()
+        self._end()
+
+    def drop(self) -> None:
+        """Lets a forked process forget the lock, which stays its parent's."""
+        if self._end.detach() is not None:
+            os.close(self._place)
+            if self._handle is not None:
+                os.close(self._handle)
+
+    @staticmethod
+    def _give_back(place: int, handle: int | None) -> None:
+        if handle is not None:
+            with suppress(OSError):  # the folder may be gone
+                os.unlink(LOCK, dir_fd=place)
+            os.close(handle)
+        os.close(place)
+
+
+def _is_named(handle: int, place: int) -> bool:
+    """Whether an open lock file is the one that lies in the open folder."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(LOCK, dir_fd=place))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -156,7 +203,7 @@ _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 def _drop_locks() -> None:
     """Frees a forked child of its parent's locks: a loader process may outlive a killed run by seconds."""
     for lock in _locks:
-        lock.release()
+        lock.drop()
 
 
 os.register_at_fork(after_in_child=_drop_locks)

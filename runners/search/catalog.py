@@ -32,7 +32,8 @@ def connect(path: Path, *, writable: bool, tables: str) -> sqlite3.Connection:
         UserError: If it cannot be opened, or is none.
     """
     with sqlite_errors(path):
-        mode = "rwc" if writable else "ro"
+        # Readers open it for writing, too, where they may: after a kill SQLite has to undo half a commit first.
+        mode = "rwc" if writable else "rw"
         connection = sqlite3.connect(
             f"file:{quote(str(path.absolute()))}?mode={mode}", uri=True, check_same_thread=False
         )
@@ -41,6 +42,7 @@ def connect(path: Path, *, writable: bool, tables: str) -> sqlite3.Connection:
                 connection.executescript(tables)
             else:
                 connection.execute("SELECT * FROM sqlite_schema").fetchall()
+                connection.execute("PRAGMA query_only = ON")
         except BaseException:
             connection.close()
             raise
