@@ -177,18 +177,25 @@ def made(folder: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_sweep_and_one_is_killed(sweep: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
-    """No run is made twice, what the killed one left is finished, and the summary is that of a sweep left alone."""
-    entries = [*settings(tiny_overrides), "run.epochs=3"]
+def test_two_processes_share_a_sweep_and_both_are_killed(
+    sweep: Path, tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    """Three methods, three seeds: no run is made twice, and the summary is that of a sweep left alone."""
+    methods = ", ".join(str(ROOT / "configs" / method / "coco.yaml") for method in ("DSPH", "DCMHT", "DNcH"))
+    entries = [*settings(tiny_overrides), "run.epochs=3", f"sweep.configs=[{methods}]", "sweep.bits=[32]"]
+    entries.append("sweep.seeds=[1, 2, 3]")
     both = [start("--config-file", sweep, *entries) for _ in range(2)]
-    while len(made(tmp_path / "sweep")) < 3:
-        assert all(process.poll() is None for process in both), [process.communicate() for process in both]
-        time.sleep(0.05)
-    both[0].kill()
-    both[0].communicate()
-    _, err = both[1].communicate(timeout=250)
-    assert both[1].returncode == 0, err
-    assert all(steps == list(range(1, 16)) for steps in made(tmp_path / "sweep").values())
+    for process, runs in zip(both, (2, 5), strict=True):
+        while len(made(tmp_path / "sweep")) < runs:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+    assert len(list((tmp_path / "sweep").glob("*/results.json"))) < 9
+    code, _, err = run("--config-file", sweep, *entries)
+    assert code == 0, err
+    steps = made(tmp_path / "sweep")
+    assert len(steps) == 9 and all(numbers == list(range(1, 16)) for numbers in steps.values())
     alone = tmp_path / "alone"
     code, _, err = run("--config-file", sweep, *entries, f"sweep.save_dir={alone}")
     assert code == 0, err
