@@ -112,7 +112,7 @@ class Checkpoints:
     """The resumable checkpoints of a run: `step-00000120.pt`, ..., the newest `keep` of them.
 
     Args:
-        folder: Where they lie; created at the first save.
+        folder: Where they lie; created at the first save, in a folder that exists.
         keep: How many are kept.
     """
 
@@ -142,15 +142,25 @@ class Checkpoints:
         """Writes the state after `step` steps; removes those beyond the newest `keep`, and of later steps.
 
         A file of a later step is a damaged one that `newest` passed over; it must not count among those kept.
+
+        Raises:
+            UserError: If it cannot be written. A run's folder that is gone is not made again: half of the run would lie
+                in each of two.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(".step-*.part"):  # of a process killed while writing
-            part.unlink()
         path = self.path_of(step)
-        save(path, meta, model, optimizers)
-        kept = [other for other in self.paths() if other <= path][-self.keep :]
-        for other in set(self.paths()) - set(kept):
-            other.unlink()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for part in self.folder.glob(".step-*.part"):  # of a process killed while writing
+                part.unlink()
+            save(path, meta, model, optimizers)
+            kept = [other for other in self.paths() if other <= path][-self.keep :]
+            for other in set(self.paths()) - set(kept):
+                other.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"checkpoints cannot be written to {self.folder}: {error.strerror or error}; put the folder in order "
+                "and go on with --resume, or begin anew with another --save-dir"
+            ) from None
         return path
 
     def newest(self) -> Checkpoint | None:

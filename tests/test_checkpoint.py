@@ -188,6 +188,17 @@ def test_unwritable_folder_is_named(tmp_path: Path) -> None:
         save(tmp_path / "no" / "a.pt", {}, {"w": torch.zeros(1)})
 
 
+def test_a_run_whose_folder_is_gone_does_not_go_on_in_another(tmp_path: Path) -> None:
+    """Which would hold a part of its files, and which its lock would not keep."""
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 1)
+    with pytest.raises(UserError, match=r"cannot be written to .*/run/checkpoints: No such file .*--resume"):
+        checkpoints.save(1, {}, {}, {})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written to .*/run/checkpoints: Not a directory"):
+        checkpoints.save(1, {}, {}, {})
+
+
 def test_every_differing_key_is_listed() -> None:
     require_same({"a.b": 1, "c.d": [2]}, {"a.b": 1, "c.d": [2]}, "x.pt")
     with pytest.raises(UserError) as error:

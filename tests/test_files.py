@@ -1,4 +1,4 @@
-"""Locks of folders: one holder at a time, whoever comes and goes, and no trace afterwards."""
+"""Locks of folders: one holder at a time, whoever comes and goes, and no trace afterwards. Failures of writing."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from utils.files import LOCK, FolderLock, in_turn
+from utils.files import LOCK, FolderLock, atomic, in_turn
 
 FORK = multiprocessing.get_context("fork")
 
@@ -40,6 +40,15 @@ def test_a_folder_renamed_or_removed_while_it_is_held(tmp_path: Path) -> None:
     (tmp_path / "new" / LOCK).unlink()
     (tmp_path / "new").rmdir()
     lock.release()
+
+
+def test_a_lock_file_that_somebody_removed_costs_the_next_holder_nothing(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert first.acquire(wait=False)
+    (tmp_path / LOCK).unlink()
+    assert second.acquire(wait=False)
+    first.release()
+    assert not FolderLock(tmp_path).acquire(wait=False)
 
 
 def test_what_a_killed_process_left_is_no_lock(tmp_path: Path) -> None:
@@ -89,3 +98,11 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(UserError, match=r"\.lock cannot be locked \(No locks available\)"):
         FolderLock(tmp_path).acquire(wait=True)
+
+
+def test_what_cannot_be_removed_after_a_failure_does_not_hide_it(tmp_path: Path) -> None:
+    (tmp_path / ".x.part").mkdir()
+    with pytest.raises(UserError, match="x cannot be written: Is a directory"), atomic(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+    with pytest.raises(ZeroDivisionError), atomic(tmp_path / "x"):
+        raise ZeroDivisionError

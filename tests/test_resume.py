@@ -15,6 +15,7 @@ from common.config import Config
 from common.errors import UserError
 from runners.runner import Runner
 from tests.commands import finish, run, start
+from tests.disks import small_disk_at
 from tests.processes import run_processes
 from tests.test_equivalence import SCHEDULE, config_of, losses, train
 from tests.test_runner import arguments, assert_same_state, final_state, wait_for_step
@@ -94,6 +95,19 @@ def test_begun_anew_a_run_records_nothing_twice(tmp_path: Path) -> None:
         record.write("step", 1, {})
         record.close()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_record_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with small_disk_at(tmp_path / "disk", "16k") as disk:
+        record = Record(disk, upto=0)
+        with pytest.raises(UserError, match=r"log\.jsonl cannot be written: No space left"):
+            for step in range(2000):
+                record.write("step", step, {"loss": 0.5})
+        with pytest.raises(UserError, match=r"log\.jsonl cannot be written: No space left"):
+            record.close()  # what was not written is not forgotten either
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be written: Is a directory"):
+        Record(tmp_path, upto=0)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(

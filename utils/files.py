@@ -36,13 +36,19 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}; free some room or name another folder"
         ) from None
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(temporary: Path) -> None:
+    """Removes what failed half-way, unless what failed keeps it from that, too: a file system that became read-only."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -141,7 +147,8 @@ class FolderLock:
     def _give_back(place: int, handle: int | None) -> None:
         if handle is not None:
             with suppress(OSError):  # the folder may be gone
-                os.unlink(LOCK, dir_fd=place)
+                if _is_named(handle, place):  # else somebody removed it, and the present one is another process's
+                    os.unlink(LOCK, dir_fd=place)
             os.close(handle)
         os.close(place)
 

@@ -3,12 +3,14 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from common.errors import UserError
 from utils.distributed import is_main
 from utils.files import write_text
 
@@ -38,10 +40,17 @@ class Record:
         upto: Steps taken at the checkpoint that the run goes on from. Of an earlier part of the run, lines of later
             steps and of evaluations after it are dropped: both come again. At 0 that is all of it, TensorBoard's
             files included.
+
+    Raises:
+        UserError: If it cannot be written.
     """
 
     def __init__(self, folder: Path, upto: int) -> None:
         self._path = folder / "log.jsonl"
+        with self._writing():
+            self._begin(folder, upto)
+
+    def _begin(self, folder: Path, upto: int) -> None:
         if upto == 0:
             for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
@@ -57,9 +66,14 @@ class Record:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=upto + 1)
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one event; its numbers also go to TensorBoard as `event/name`."""
-        self._file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Appends one event; its numbers also go to TensorBoard as `event/name`.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        with self._writing():
+            self._file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, float):
@@ -67,9 +81,20 @@ class Record:
 
     def close(self) -> None:
         """Ends the record."""
-        self._file.close()
+        with self._writing():
+            self._file.close()
         if self._board is not None:
             self._board.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names the file where it cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written: {error.strerror or error}; free some room, and go on with --resume"
+            ) from None
 
     def _lines(self) -> list[str]:
         """Whole lines; a process killed while writing leaves a part of one at the end."""
