@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.config import Config, RunConfig
@@ -226,11 +227,11 @@ def _same(one: Tensors, other: Tensors) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def check_groups(model: HashingModel) -> None:
-    """Every trainable parameter must stand in a group, or it would silently stay as it is.
+def check_model(model: HashingModel) -> None:
+    """Refuses a model of which a part would silently stay as it is, or be lost.
 
     Raises:
-        UserError: With the first parameter that does not.
+        UserError: If a trainable parameter stands in no group, or a checkpoint cannot give the state back.
     """
     grouped = {id(p) for groups in model.param_groups().values() for group in groups.values() for p in group}
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
@@ -239,6 +240,14 @@ def check_groups(model: HashingModel) -> None:
             f"{type(model).__name__}.param_groups leaves out {len(left_out)} trainable parameters (first: "
             f"{left_out[0]}); put them in a group, or set requires_grad_(False)"
         )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            what = f"is a {type(value).__name__}, but a checkpoint keeps tensors alone; keep it in a buffer"
+        elif any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride(), strict=True)):
+            what = "has several places for one number (expand), so nothing can be read into it; register a clone()"
+        else:
+            continue
+        raise UserError(f"{type(model).__name__}: {name} of its state {what}")
 
 
 def spare_memory(model: HashingModel, run: RunConfig) -> None:

@@ -173,6 +173,28 @@ def test_a_method_from_outside_trains(tmp_path: Path, tiny_overrides: list[str])
     assert code == 0 and "Linear codes of pixels and words." in out, err
 
 
+BUFFER = 'self.register_buffer("rows", torch.ones(3, 1).expand(3, 4))\n        self.image'
+EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    def encode_image'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("def encode_image", EXTRA, "_extra_state of its state is a dict, but a checkpoint keeps tensors alone"),
+        ("self.image", BUFFER, "rows of its state has several places for one number"),
+    ],
+)
+def test_state_that_no_checkpoint_gives_back_is_refused(
+    old: str, new: str, expected: str, tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    """Before the training, not at the first use of what it gave."""
+    own = toy(tmp_path)
+    (tmp_path / "toy.py").write_text(TOY.replace(old, new, 1))
+    settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
+    ((code, _, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings)
+    assert code == 2 and f"error: Toy: {expected}" in err and "Traceback" not in err, err
+
+
 def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     with pytest.raises(UserError, match="no such Python file"):
