@@ -23,7 +23,7 @@ from common.config import check_model
 from common.errors import UserError
 from common.registry import MODELS
 from common.types import Backbone, Batch, DataInfo
-from dataset.pictures.reading import opened
+from dataset.pictures.reading import as_rgb, opened
 from dataset.pictures.transforms import View, normalise, view_pixels
 from dataset.texts.tokenizer import tokenize
 from dataset.texts.word_vectors import word_vector
@@ -302,7 +302,7 @@ def read_picture(picture: Picture, pixels: int | None = None) -> Image.Image:
         UserError: If it cannot be read.
     """
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return as_rgb(picture)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
             raise UserError(
@@ -313,8 +313,8 @@ def read_picture(picture: Picture, pixels: int | None = None) -> Image.Image:
         source: str | BinaryIO = str(picture)
         name = f"picture {picture}"
     elif callable(picture):
-        return picture().convert("RGB")
+        return as_rgb(picture())
     else:
         source, name = picture, "the picture"
     with opened(source, name, found="name one that is there", instead="leave it out", pixels=pixels) as image:
-        return image.convert("RGB")
+        return as_rgb(image)

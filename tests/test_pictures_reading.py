@@ -1,5 +1,6 @@
 """Picture files: paths of other machines, modes, and every broken file with its message."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 
 from common.errors import UserError
 from dataset.pictures.reading import PictureFiles, resolve_paths
+from runners.encoder import read_picture
+from runners.search.service import thumbnail_of
 from tests import datasets
 from tests.datasets import ITEMS, pixels_of, refused
 
@@ -60,6 +63,33 @@ def test_modes_become_rgb_and_exif_is_left(tmp_path):
     pictures = [PictureFiles(paths, "index").read(number) for number in range(len(paths))]
     assert all(picture.mode == "RGB" for picture in pictures)
     assert pictures[-1].size == (10, 6)
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.tif", "1.pgm"])
+def test_grey_of_16_bits_is_scaled(tmp_path, name):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    path = tmp_path / name
+    if path.suffix == ".pgm":
+        path.write_bytes(b"P5 8 8 65535\n" + (grey.astype(">u2") * 257).tobytes())
+    else:
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    assert np.array_equal(np.array(PictureFiles([str(path)], "index").read(0)), expected)
+    assert np.array_equal(np.array(read_picture(path)), expected)
+    with Image.open(path) as picture:
+        assert np.array_equal(np.array(read_picture(picture)), expected)
+    thumbnail = np.array(Image.open(io.BytesIO(thumbnail_of(str(path), 8))), int)
+    assert np.abs(thumbnail - expected).max() < 40  # it is a JPEG
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_values_of_no_known_range_are_refused(tmp_path, kind):
+    picture = Image.fromarray(np.arange(64).reshape(8, 8).astype(kind))
+    picture.save(tmp_path / "1.tif")
+    with pytest.raises(UserError, match=r"1\.tif .*says nowhere which of them is white; save it with 8 or 16 bits"):
+        PictureFiles([str(tmp_path / "1.tif")], "index").read(0)
+    with pytest.raises(UserError, match="the picture has real values"):
+        read_picture(picture)
 
 
 def test_no_interpreter_reads_a_picture(tmp_path):

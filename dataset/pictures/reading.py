@@ -98,7 +98,7 @@ class PictureFiles(Pictures):
     def read(self, number: int) -> Image.Image:
         """As `Pictures.read`. EXIF rotation is not applied, as in the papers' code."""
         with self._opened(number) as picture:
-            return picture.convert("RGB")
+            return as_rgb(picture)
 
     def size(self, number: int) -> tuple[int, int]:
         """As `Pictures.size`; only the file's head is read."""
@@ -147,7 +147,11 @@ def opened(
             width, height = picture.size
             if limit is not None and width * height > limit:
                 raise Image.DecompressionBombError
+            if _is_boundless(picture):
+                raise _boundless_error(name, instead)
             yield picture
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{name} is missing; fetch it again, or {found}") from None
     except UnidentifiedImageError:
@@ -160,6 +164,31 @@ def opened(
     except Exception as error:  # decoders of broken files raise whatever they stumble over
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is truncated or broken ({why}); fetch it again, or {instead}") from None
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB: grey of 16 bits is scaled to 8, of which Pillow would make white from 256 on.
+
+    Raises:
+        UserError: If its values are whole numbers of 32 bits or real ones.
+    """
+    if _is_boundless(picture):
+        raise _boundless_error("the picture", "leave it out")
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _is_boundless(picture: Image.Image) -> bool:
+    """Whether no one can know what is white: of PNG and PPM it is 65535, also where Pillow opens 16 bits as 32."""
+    return picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM"))
+
+
+def _boundless_error(name: str, instead: str) -> UserError:
+    return UserError(
+        f"{name} has real values or whole numbers of 32 bits, and says nowhere which of them is white; save it with 8 "
+        f"or 16 bits, or {instead}"
+    )
 
 
 class PictureArray(Pictures):

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from common.config import Section
 from common.errors import UserError
-from dataset.pictures.reading import opened
+from dataset.pictures.reading import as_rgb, opened
 from runners.encoder import read_picture
 from runners.search.embedded import CODES
 from runners.search.engine import Kind
@@ -266,7 +266,7 @@ def thumbnail_of(path: str, side: int) -> bytes:
     """
     with opened(path, f"picture {path}", found="restore it", instead="index again") as picture:
         picture.draft("RGB", (side, side))  # of a JPEG only as much is decoded as is needed
-        small = ImageOps.exif_transpose(picture)
+        small = as_rgb(picture) if picture.mode.startswith("I") else ImageOps.exif_transpose(picture)
         small.thumbnail((side, side))
         if small.has_transparency_data:
             small = small.convert("RGBA")
