@@ -53,8 +53,6 @@ class StateWriter:
         """
         self.wait()
         copies = [self._copied(state, (number,)) for number, state in enumerate(states)]
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies from a GPU are under way
         self._writing = self._thread.submit(write, *copies)
 
     def wait(self) -> None:
@@ -73,7 +71,7 @@ class StateWriter:
             if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
                 memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
                 self._memory[place] = memory
-            return memory.copy_(value, non_blocking=True)
+            return memory.copy_(value)  # waits for a GPU
         if isinstance(value, Mapping):
             return {key: self._copied(item, (*place, key)) for key, item in value.items()}
         if isinstance(value, list):
