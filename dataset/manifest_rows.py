@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UserError
+from utils.files import is_utf8
 
 JSON_LINES, TABLES = (".jsonl", ".ndjson"), (".csv",)
 BETWEEN = "|"  # in a CSV cell with several texts or labels
@@ -132,6 +133,8 @@ def _json_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             _refuse(path, line, f"is not JSON ({error})")
         if not isinstance(entry, dict):
             _refuse(path, line, 'is no JSON object such as {"image": "1.jpg", "text": "a cat"}')
+        if "\\u" in text and not is_utf8(json.dumps(entry, ensure_ascii=False)):  # only an escape can be such
+            _refuse(path, line, "holds half of a character (\\ud800 to \\udfff alone), which is no text")
         yield line, entry
 
 

@@ -16,5 +16,7 @@ def small_disk_at(disk: Path, size: str) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("only a superuser who may mount file systems can make a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a memory map may still be there
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a memory map may still be there

@@ -1,5 +1,7 @@
 """Making an index, keeping it up to date, and asking it, through the command line."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -204,6 +206,26 @@ def average_precision(labels: torch.Tensor, ranked: list[set[int]]) -> float:
     return float((hits / np.arange(1, len(ranked) + 1))[relevant].mean()) if relevant.any() else float("nan")
 
 
+def test_names_that_are_not_utf8(trained: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As archives of other systems leave them: passed over with a word; all else, such as questions, works."""
+    odd = os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")
+    shutil.copy(photos / "0.png", odd)
+    out, err = index(trained, tmp_path / "index", photos)
+    assert counts(out, "image") == [11, 0, 11] and "2 could not be read" in out
+    assert "caf\\udce9.png' has a name that is not UTF-8; rename it" in err
+    assert "caf\\udce9.png'" in (tmp_path / "index/skipped.txt").read_text()
+    redirect = contextlib.redirect_stdout
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    for options in ((), ("--json",)):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("contextlib.redirect_stdout", lambda _: redirect(terminal))
+            code, _, err = run("--search", tmp_path / "index", odd, "a \U0001f436 caf\xe9", *options, "--device", "cpu")
+        assert code == 0, err
+    shown = terminal.buffer.getvalue().decode("latin-1")
+    assert "caf\\udce9.png\nrank" in shown and "a \\U0001f436 caf\xe9\nrank" in shown
+    assert [json.loads(line)["query"] for line in shown.splitlines()[-2:]] == [odd, "a \U0001f436 caf\xe9"]
+
+
 def test_questions(trained: Path, photos: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
@@ -230,6 +252,8 @@ def test_bad_commands(trained: Path, photos: Path, tmp_path: Path, tiny_override
     (tmp_path / "empty").mkdir()
     (tmp_path / "evil.jsonl").write_text('{"image": "../../etc/passwd.png"}')
     (tmp_path / "text.bin").write_text("x")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    odd.mkdir()
     new = ("--save-dir", tmp_path / "new")
     for arguments, message in (
         (("--index", trained, *new), "--index needs --input"),
@@ -248,6 +272,8 @@ def test_bad_commands(trained: Path, photos: Path, tmp_path: Path, tiny_override
         (("--index", other, "--input", photos, "--save-dir", folder), "holds codes of DSPH, 16 bits"),
         (("--index", trained, "--input", photos, "--save-dir", photos), "so it is no folder for an index"),
         (("--search", folder), "ask something"),
+        (("--search", folder, "a dog", " "), "a question is empty"),
+        (("--index", trained, "--input", odd, *new), "has a name that is not UTF-8"),
         (("--search", tmp_path / "empty", "a dog"), "holds no index"),
         (("--search", folder, "photos/dog.jpg"), "picture photos/dog.jpg is not there"),
         (("--search", folder, photos / "sub/5.png"), "5.png is not a picture"),

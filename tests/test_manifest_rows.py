@@ -81,6 +81,8 @@ def test_paths_stay_under_the_root(tmp_path: Path) -> None:
         ("m.jsonl", '{"text": "a", "labels": [true]}', (), "labels holds True, which is not a label"),
         ("m.jsonl", '{"text": "a", "labels": [1, 0, 0]}', (), "names a label twice"),
         ("m.jsonl", b'{"text": "a"}\n{"text": "\xe4"}', (), "line 2: is not UTF-8 text .byte 10 of the line"),
+        ("m.jsonl", '{"text": "a \\ud83d\\udc36"}\n{"text": "a \\ud83d"}', (), "line 2: holds half of a character"),
+        ("m.jsonl", '{"text": "a", "x": [{"\\udce9": 1}]}', (), "line 1: holds half of a character"),
         ("m.jsonl", " " * (1 << 20) + '{"text": "a"}', (), "line 1: is longer than 1 MB"),
         ("m.csv", "a,b\n1,2", (), "names neither image nor text, but 'a, b'"),
         ("m.csv", "image,image\na,b", (), "must name every column, each once"),

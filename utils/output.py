@@ -18,7 +18,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def say(text: str) -> None:
-    """Writes results to stdout, on the first process only.
+    """Writes results to stdout, on the first process only; what its encoding lacks becomes an escape.
 
     Raises:
         BrokenPipeError: If nobody reads them any more.
@@ -29,7 +29,11 @@ def say(text: str) -> None:
     try:
         if sys.stdout is None:
             raise OSError("it is closed")
-        sys.stdout.write(text + "\n")
+        try:
+            sys.stdout.write(text + "\n")
+        except UnicodeEncodeError:  # a terminal of another encoding, or a file's name that is not UTF-8
+            encoding = sys.stdout.encoding
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         sys.stdout.flush()
     except OSError as error:
         _forget_stdout()

@@ -65,13 +65,15 @@ def search_command(options: argparse.Namespace) -> None:
     (folder, *questions), overrides = _apart(options.search, options.overrides)
     if not questions:
         raise UserError(f'--search {folder}: ask something, e.g. --search {folder} "a red heart" picture.jpg')
+    if not all(map(str.strip, questions)):
+        raise UserError(f"--search {folder}: a question is empty; describe what is looked for, or name a picture")
     pictures = {question for question in questions if is_picture(question)}
     with Searcher.open(folder, device=options.device or "auto", overrides=overrides) as searcher:
         for question in questions:
             asked: list[Picture] = [question]
             hits = (searcher.by_pictures(asked) if question in pictures else searcher.by_texts([question]))[0]
             if options.json:
-                say(json.dumps({"query": question, "hits": [shown(hit) for hit in hits]}, ensure_ascii=False))
+                say(json.dumps({"query": question, "hits": [shown(hit) for hit in hits]}))  # ASCII: of any encoding
             else:
                 say(_hits_table(question, hits))
 

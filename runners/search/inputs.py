@@ -22,6 +22,7 @@ from dataset.manifest_rows import ManifestRow, is_manifest, read_manifest
 from runners.encoder import Encoder, read_picture
 from runners.search.engine import Kind
 from runners.setup import open_dataset
+from utils.files import is_utf8
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .dib .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .j2k .jpc .jpf .jpx".split()
@@ -44,8 +45,10 @@ class PictureFile:
         """The picture.
 
         Raises:
-            UserError: If it cannot be read.
+            UserError: If it cannot be read, or found again by what an index keeps.
         """
+        if not is_utf8(self.path):
+            raise UserError(f"picture {ascii(self.path)} has a name that is not UTF-8; rename it, or leave it out")
         picture = read_picture(self.path)
         self.size = picture.size
         return picture
@@ -126,7 +129,8 @@ class Files(Input):
         """As `Input.things`."""
         for path in self._walk() if self.paths is None else self.paths:
             if os.path.splitext(path)[1].lower() in SUFFIXES:
-                yield Thing("image", path, {"image": PictureFile(path)}, {"path": path})
+                name = path.encode("utf-8", "backslashreplace").decode()
+                yield Thing("image", name, {"image": PictureFile(path)}, {"path": name})
 
     def _walk(self) -> Iterator[str]:
         for folder, below, names in os.walk(self.name):
@@ -246,6 +250,8 @@ def open_input(text: str, encoder: Encoder, overrides: Sequence[str]) -> Input:
     if overrides:
         raise UserError(f"{overrides[0]}: {text} is no data set, so it has no such setting; leave it out")
     path = os.path.abspath(os.path.expanduser(text))
+    if not is_utf8(path):
+        raise UserError(f"--input {ascii(text)} has a name that is not UTF-8; rename it, or make a link to it")
     if os.path.isdir(path):
         return Files(path)
     if os.path.isfile(path):
