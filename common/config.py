@@ -401,6 +401,9 @@ def _by_name(
         errors.append(f"{place}.{key}: missing; it names the registered class whose settings these are")
         return None
     cls = _registered(get, value[key], f"{place}.{key}", origins, errors)
+    if cls is not None and not hasattr(cls, "Config"):
+        errors.append(f"{place}.{key}: {value[key]} has no Config, the schema of its settings; give its class one")
+        return None
     return _validate(cls.Config, value, place, origins, errors) if cls is not None else None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.checkpoint import load
 from common.code_statistics import code_report, squared_gaps
 from common.config import Config, EvaluateConfig
+from common.errors import UserError
 from common.metrics import mean_over_queries, retrieval_values
 from common.pair_metrics import pair_report, partner_values
 from dataset.base import PairedDataset, Split
@@ -97,7 +98,8 @@ def encode_split(
         Codes on the CPU, the same on every process.
 
     Raises:
-        RuntimeError: If a row came twice or never, or a code is not +-1.
+        UserError: If codes have another shape than the model says, or are not +-1.
+        RuntimeError: If a row came twice or never.
     """
     was_training = model.training
     model.eval()
@@ -113,6 +115,7 @@ def encode_split(
             for side, (encode, fields) in encoders.items():
                 with watch_relaxed() as relaxed:
                     signs = encode(batch.only(fields))
+                _require_shape(signs, (len(batch["index"]), *model.code_shape), f"{type(model).__name__}.encode_{side}")
                 codes[side].append(signs.to(torch.int8))
                 gaps[side].append(squared_gaps(relaxed, signs))
     model.train(was_training)
@@ -123,10 +126,17 @@ def encode_split(
     for side, parts in codes.items():
         rows = gather_rows(torch.cat(parts)).cpu()
         if not bool((rows.abs() == 1).all()):
-            raise RuntimeError(f"{type(model).__name__} returned codes other than -1 and +1")
+            raise UserError(f"{type(model).__name__}.encode_{side} returned codes other than -1 and +1; binarise them")
         whole[side] = torch.empty_like(rows).index_copy_(0, order, rows)
         mean_gaps[side] = gather_rows(torch.stack(gaps[side]).sum(0, keepdim=True)).sum(0).cpu() / len(labels)
     return SplitCodes(whole["image"], whole["text"], labels, mean_gaps)
+
+
+def _require_shape(codes: Tensor, expected: tuple[int, ...], place: str) -> None:
+    if codes.shape != expected:
+        raise UserError(
+            f"{place} returned codes of the shape {list(codes.shape)}; that of this batch is {list(expected)}"
+        )
 
 
 def evaluate_codes(

@@ -75,9 +75,12 @@ def build_model(
         training: Whether it will be trained, which needs fields that encoding may not.
 
     Raises:
-        UserError: If the data lack a field that the method needs, or the checkpoint does not fit the model.
+        UserError: If the method is not whole, the data lack a field that it needs, or the checkpoint does not fit.
     """
     cls: type[HashingModel] = MODELS.get(config.model.name)
+    lacking = [*sorted(cls.__abstractmethods__), *([] if hasattr(cls, "fields") else ["fields"])]
+    if lacking:
+        raise UserError(f"{config.model.name} lacks {', '.join(lacking)}, which models/base.py asks of every method")
     if training:
         dataset.require("train", config.model.reads(cls.fields - cls.optional_fields))
     for split in encoded_splits(dataset):

@@ -32,7 +32,13 @@ def updates(
 
     Yields:
         Name, and loss with terms, of every pass, `loss` first, when its gradients are there and not used yet.
+
+    Raises:
+        UserError: If a loss or a term is no number, or the first loss has no graph.
     """
+    _require_numbers("loss", output)
+    if not output.loss.requires_grad:
+        raise UserError("the loss of a training step depends on no trainable parameter; look for detach() or no_grad()")
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     output.loss.backward()
@@ -44,6 +50,7 @@ def updates(
         parameters = [p for optimizer in chosen for group in optimizer.param_groups for p in group["params"]]
         with computing():
             found = stage.compute()
+        _require_numbers(stage.name, found)
         if found.loss.requires_grad:
             # Not by backward(), which would run the hooks of DistributedDataParallel: it waits for the loss's alone.
             gradients = torch.autograd.grad(found.loss, parameters, allow_unused=True)
@@ -54,6 +61,16 @@ def updates(
         if found.loss.requires_grad:
             for optimizer in chosen:
                 optimizer.step()
+
+
+def _require_numbers(name: str, output: StepOutput) -> None:
+    """Refuses what torch would refuse in words that do not name it."""
+    if not isinstance(output, StepOutput):
+        raise UserError(f"the {name} of a training step is a {type(output).__name__}; return StepOutput(loss, terms)")
+    for what, value in {name: output.loss, **output.terms}.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            kind = f"of the shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"{what} of a training step is {kind}; a loss or a term is one number, as mean() gives it")
 
 
 class StepLog:

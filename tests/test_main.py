@@ -180,19 +180,24 @@ EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    d
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("def encode_image", EXTRA, "_extra_state of its state is a dict, but a checkpoint keeps tensors alone"),
-        ("self.image", BUFFER, "rows of its state has several places for one number"),
+        ("def encode_image", EXTRA, "Toy: _extra_state of its state is a dict, but a checkpoint keeps tensors alone"),
+        ("    Config = ToyConfig\n", "", "model.name: Toy has no Config, the schema of its settings"),
+        ("    fields = froz", "    seen = froz", "Toy lacks fields, which models/base.py asks of every method"),
+        ("def encode_text", "def encode_words", "Toy lacks encode_text, which models/base.py"),
+        ("1.0, -1.0)", "1.0, -1.0)[:, :8]", "Toy.encode_image returned codes of the shape [8, 8]; that of this batch"),
+        ("1.0, -1.0)", "1.0, 0.0)", "Toy.encode_image returned codes other than -1 and +1"),
+        ("self.image", BUFFER, "Toy: rows of its state has several places for one number"),
     ],
 )
-def test_state_that_no_checkpoint_gives_back_is_refused(
+def test_mistakes_in_a_method_are_said_in_one_line(
     old: str, new: str, expected: str, tmp_path: Path, tiny_overrides: list[str]
 ) -> None:
-    """Before the training, not at the first use of what it gave."""
+    """State that no checkpoint gives back, too: before the training, not at the first use of what it gave."""
     own = toy(tmp_path)
     (tmp_path / "toy.py").write_text(TOY.replace(old, new, 1))
     settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
     ((code, _, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings)
-    assert code == 2 and f"error: Toy: {expected}" in err and "Traceback" not in err, err
+    assert code == 2 and f"error: {expected}" in err and "Traceback" not in err, err
 
 
 def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:

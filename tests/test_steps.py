@@ -1,8 +1,10 @@
 """What comes after a training step's loss: the order of passes and updates, and a log that is read late."""
 
+import pytest
 import torch
 from torch.nn import Parameter
 
+from common.errors import UserError
 from common.types import Stage, StepOutput
 from runners.steps import StepLog, updates
 
@@ -36,3 +38,17 @@ def test_values_are_read_together_in_order() -> None:
     assert log.is_due
     assert log.read() == [(4, {"loss": 4.0}), (5, {"loss": 5.0, "other": 2.0, "term": 0.5})]
     assert not log.is_due and log.read() == []
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (torch.tensor(1.0), "the loss of a training step is a Tensor; return StepOutput"),
+        (StepOutput(torch.ones(2, requires_grad=True)), r"loss of a training step is of the shape \[2\]"),
+        (StepOutput(torch.ones((), requires_grad=True), {"balance": 0.5}), "balance of a training step is a float"),
+        (StepOutput(torch.ones(())), "depends on no trainable parameter"),
+    ],
+)
+def test_what_is_no_loss_is_named(output: StepOutput, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        next(updates(output, {}))
