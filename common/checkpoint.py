@@ -65,6 +65,7 @@ def save(
         "optimizers": {name: dict(state) for name, state in (optimizers or {}).items()},
     }
     with atomic(path) as temporary:
+        temporary.touch()  # says why it cannot be, which torch's writer does not
         try:
             torch.save(content, temporary)
         except RuntimeError:  # torch's writer reports a full disk this way, in words of its own

@@ -45,7 +45,10 @@ def test_values_are_read_together_in_order() -> None:
     [
         (torch.tensor(1.0), "the loss of a training step is a Tensor; return StepOutput"),
         (StepOutput(torch.ones(2, requires_grad=True)), r"loss of a training step is of the shape \[2\]"),
-        (StepOutput(torch.ones((), requires_grad=True), {"balance": 0.5}), "balance of a training step is a float"),
+        (
+            StepOutput(torch.ones((), requires_grad=True), {"balance": torch.ones(2, 1)}),
+            r"balance of .* of the shape \[2, 1\]",
+        ),
         (StepOutput(torch.ones(())), "depends on no trainable parameter"),
     ],
 )
