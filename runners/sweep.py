@@ -31,7 +31,7 @@ from runners.comparison import RunFolder
 from runners.resuming import BusyError
 from runners.tables import write_summary
 from utils.distributed import barrier, from_main, is_main
-from utils.files import make_folder
+from utils.files import in_turn, make_folder
 from utils.launch import devices, in_group
 from utils.output import say, table
 from utils.progress import progress
@@ -51,6 +51,7 @@ class SweepConfig(Section):
     split_seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None  # dataset.split.seed
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]]  # any key -> its values
     parallel: int = Field(gt=0, le=1024)  # runs made at once
+    summary: bool  # whether table and curves are written in the end
     save_dir: str  # folder of the runs, the table and the curves
 
 
@@ -72,7 +73,7 @@ class Sweep:
     def __init__(self, path: Path, overrides: list[str], imports: Sequence[Path] = ()) -> None:
         own = [entry for entry in overrides if entry.startswith("sweep.")]
         sweep = load_section(path, "sweep", SweepConfig, own, defaults=DEFAULTS)
-        self.folder, self.parallel = Path(sweep.save_dir), sweep.parallel
+        self.folder, self.parallel, self._summary = Path(sweep.save_dir), sweep.parallel, sweep.summary
         self._command = ["--config-file", str(path), *(f"--import={file}" for file in imports), *overrides]
         self.planned: list[Config] = []
         taken = {
@@ -132,10 +133,11 @@ class Sweep:
             Interrupted: After Ctrl-C or SIGTERM.
         """
         failed = self._work_in_processes() if self.parallel > 1 else self._work()
-        if is_main():
+        if is_main() and self._summary:
             finished = [RunFolder(config.run_folder) for config in self.planned if config.run_folder not in failed]
             if finished:
-                say(write_summary(self.folder, finished))
+                with in_turn(self.folder, "sweep.save_dir"):  # processes that share a sweep end at the same time
+                    say(write_summary(self.folder, finished))
         barrier()
         if failed:
             raise UserError(
@@ -182,7 +184,7 @@ class Sweep:
         with StopRequest() as stop:
             for number in range(self.parallel):
                 device = names[number % len(names)]
-                entries = ["sweep.parallel=1", f"run.device={device}"]
+                entries = ["sweep.parallel=1", "sweep.summary=false", f"run.device={device}"]
                 with open(self.folder / f"process-{number + 1}.log", "wb") as log:
                     processes.append(
                         subprocess.Popen(

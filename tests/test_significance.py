@@ -35,6 +35,17 @@ def test_few_queries_are_tested_with_all_flips() -> None:
     assert paired_test(a, b) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.005, 0.02])
+def test_many_queries_as_scipy_tests_them(shift: float) -> None:
+    draw = np.random.default_rng(3)
+    a = draw.beta(2, 2, 150)
+    b = np.where(draw.random(150) < 0.3, a, a + draw.normal(shift, 0.1, 150))  # ties, too
+    expected = stats.permutation_test(
+        (b - a,), lambda one, axis: one.mean(axis=axis), permutation_type="samples", vectorized=True, rng=draw
+    ).pvalue
+    assert paired_test(b, a, draws=20000) == pytest.approx(expected, abs=0.02)
+
+
 def test_a_difference_is_found_and_the_same_is_not() -> None:
     draw = np.random.default_rng(0)
     a = draw.beta(2, 2, 300)

@@ -209,4 +209,5 @@ def test_runs_at_once(sweep: Path, tmp_path: Path, tiny_overrides: list[str]) ->
     assert code == 0, err
     assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 4 and "random codes" in out
     logs = [(tmp_path / "sweep" / f"process-{number}.log").read_text() for number in (1, 2)]
+    assert not any("table.md" in log for log in logs) and "table.md" in out  # the summary is written once
     assert all("is done" in log or "another process is working on it" in log for log in logs)
