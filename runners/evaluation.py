@@ -116,7 +116,7 @@ def encode_split(
                 with watch_relaxed() as relaxed:
                     signs = encode(batch.only(fields))
                 _require_shape(signs, (len(batch["index"]), *model.code_shape), f"{type(model).__name__}.encode_{side}")
-                codes[side].append(signs.to(torch.int8))
+                codes[side].append((signs * (signs.abs() == 1)).to(torch.int8))  # 0 for what is no sign, such as 1.5
                 gaps[side].append(squared_gaps(relaxed, signs))
     model.train(was_training)
     order = gather_rows(torch.cat(index)).cpu()

@@ -185,7 +185,7 @@ EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    d
         ("    fields = froz", "    seen = froz", "Toy lacks fields, which models/base.py asks of every method"),
         ("def encode_text", "def encode_words", "Toy lacks encode_text, which models/base.py"),
         ("1.0, -1.0)", "1.0, -1.0)[:, :8]", "Toy.encode_image returned codes of the shape [8, 8]; that of this batch"),
-        ("1.0, -1.0)", "1.0, 0.0)", "Toy.encode_image returned codes other than -1 and +1"),
+        ("1.0, -1.0)", "1.0, -1.5)", "Toy.encode_image returned codes other than -1 and +1"),
         ("self.image", BUFFER, "Toy: rows of its state has several places for one number"),
     ],
 )
