@@ -25,7 +25,7 @@ from runners.evaluation import Evaluator, save_codes
 from runners.results import results_table, summarise
 from runners.resuming import check_resumable, claim_folder, newest_checkpoint
 from runners.selection import KEYS, out_of_patience, reported, watched_splits
-from runners.setup import autocast, build_model, check_model, open_dataset, spare_memory, training_loader
+from runners.setup import autocast, build_model, open_dataset, require_trainable, spare_memory, training_loader
 from runners.steps import StepLog, require_finite_loss, updates
 from utils.distributed import Votes, barrier, data_parallel, is_main
 from utils.files import write_json, write_text
@@ -93,7 +93,7 @@ class Runner:
         self.evaluator = Evaluator(self.config, self.dataset, self.model, self.device)
         self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)
-        check_model(self.model)
+        require_trainable(self.model)
         spare_memory(self.model, run)
         self.optimizers = build_optimizers(self.config.optim, self.model.param_groups(), self.steps)
         if loaded is not None:

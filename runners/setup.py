@@ -230,7 +230,7 @@ def _same(one: Tensors, other: Tensors) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def check_model(model: HashingModel) -> None:
+def require_trainable(model: HashingModel) -> None:
     """Refuses a model of which a part would silently stay as it is, or be lost.
 
     Raises:
