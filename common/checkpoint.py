@@ -164,6 +164,11 @@ class Checkpoints:
             ) from None
         return path
 
+    def remove(self) -> None:
+        """Removes all of them, which only who holds the run's folder may do."""
+        for path in self.paths():
+            path.unlink(missing_ok=True)
+
     def newest(self) -> Checkpoint | None:
         """The newest readable checkpoint, None without files; damaged newer ones are passed over with a warning.
 

@@ -22,6 +22,10 @@ class BusyError(UserError):
     """Another process is working on a run."""
 
 
+class FinishedError(UserError):
+    """A run is finished, and there is nothing to go on from."""
+
+
 def claim_folder(folder: Path, resume: bool) -> FolderLock | None:
     """Makes a folder the own one of this process, or of its group, for one run.
 
@@ -35,6 +39,7 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock | None:
 
     Raises:
         BusyError: If the folder is in use, on every process.
+        FinishedError: If a finished run without checkpoints lies there, which beginning anew would overwrite.
         UserError: If it cannot be written, holds a run that is not to be continued, or a config.yaml
             that no run wrote.
     """
@@ -65,6 +70,11 @@ def _require_claimable(folder: Path, resume: bool) -> None:
                 f"{folder} holds {state}: continue it with --resume, or choose another folder with --save-dir"
             )
         logger.info("the run in %s ended before its first checkpoint: beginning anew", folder)
+    elif (folder / "results.json").exists() and not any(folder.glob("checkpoints/[!.]*")):
+        raise FinishedError(
+            f"{folder} holds a finished run and no checkpoint to go on from (a sweep keeps none); evaluate its best.pt "
+            "with --evaluate, or choose another folder with --save-dir"
+        )
 
 
 def _holds_work(folder: Path) -> bool:

@@ -3,6 +3,8 @@
 A sweep is a YAML with one section, `sweep:`. Finished runs are skipped, interrupted ones go on, and a run that fails
 does not stop the others. Any number of processes may work on one sweep: a run belongs to whoever locks its folder, and
 is free again when that process ends, however it does. On several machines their file system must pass locks on.
+
+A finished run keeps no checkpoints: they are three times its weights each, and nobody goes on from them.
 """
 
 import itertools
@@ -28,10 +30,10 @@ from common.places import Mark
 from common.registry import RUNNERS
 from common.yaml_layers import flatten
 from runners.comparison import RunFolder
-from runners.resuming import BusyError
+from runners.resuming import BusyError, FinishedError
 from runners.tables import write_summary
 from utils.distributed import barrier, from_main, is_main
-from utils.files import in_turn, make_folder
+from utils.files import FolderLock, in_turn, make_folder
 from utils.launch import devices, in_group
 from utils.output import say, table
 from utils.progress import progress
@@ -121,7 +123,7 @@ class Sweep:
         rows = [["run", "folder", "state"]]
         for number, config in enumerate(self.planned, start=1):
             folder = config.run_folder
-            begun = "begun" if Checkpoints(folder / "checkpoints", 1).paths() else "not begun"
+            begun = "begun" if _checkpoints(config).paths() else "not begun"
             rows.append([str(number), str(folder), "done" if _has_results(config) else begun])
         return table(rows)
 
@@ -156,12 +158,14 @@ class Sweep:
                 try:
                     if from_main(int(_is_done(config))):
                         logger.info("run %d of %d: %s is done", number, len(self.planned), folder)
+                        _remove_checkpoints(config)
                         continue
                     logger.info("run %d of %d: %s", number, len(self.planned), folder)
                     runner = RUNNERS.get(config.run.runner)(config)
                     runner.setup(resume=True)
                     runner.run()
-                except BusyError:
+                    _remove_checkpoints(config)
+                except (BusyError, FinishedError):  # finished, that is, since we looked
                     logger.info("run %d of %d: another process is working on it", number, len(self.planned))
                     busy.append(config)
                 except UserError as error:
@@ -234,6 +238,24 @@ def _written(value: Any) -> str:
 
 def _has_results(config: Config) -> bool:
     return (config.run_folder / "results.json").exists()
+
+
+def _remove_checkpoints(config: Config) -> None:
+    """Removes a finished run's checkpoints, unless somebody is working in its folder."""
+    checkpoints = _checkpoints(config)
+    if not is_main() or not checkpoints.paths():
+        return
+    try:
+        lock = FolderLock(config.run_folder)
+        if lock.acquire(wait=False):
+            checkpoints.remove()
+        lock.release()
+    except (OSError, UserError) as error:  # the run is whole nevertheless
+        logger.warning("the checkpoints of the finished run %s stay there: %s", config.run_folder, error)
+
+
+def _checkpoints(config: Config) -> Checkpoints:
+    return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints)
 
 
 def _is_done(config: Config) -> bool:

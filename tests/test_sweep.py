@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from common.significance import paired_test
+from runners import sweep as sweep_module
 from tests.commands import ROOT, refused, run, start
 from tests.test_runner import interrupted_at
 
@@ -38,7 +39,7 @@ def precisions(folder: Path) -> np.ndarray:
 
 
 def test_a_sweep_survives_interruption_and_writes_one_table(
-    sweep: Path, tmp_path: Path, tiny_overrides: list[str]
+    sweep: Path, tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, entries = tmp_path / "sweep", settings(tiny_overrides)
     assert interrupted_at(2, signal.SIGTERM, "--config-file", sweep, *entries, seed=2)[0] == 75
@@ -91,6 +92,15 @@ def test_a_sweep_survives_interruption_and_writes_one_table(
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300
 
+    looks, is_done = iter([False]), sweep_module._is_done
+    monkeypatch.setattr(sweep_module, "_is_done", lambda config: next(looks, True) and is_done(config))
+    code, out, err = run("--config-file", sweep, *entries, "sweep.summary=false")  # finished since we looked
+    assert code == 0 and "another process is working on it" in err, err
+    assert (folder / "DSPH-16bits-seed1" / "results.json").stat().st_mtime_ns == first
+
+    assert not [*folder.glob("*/checkpoints/*")]  # nobody goes on from a finished run; and nobody makes it again:
+    own = (*entries, "model.bits=16", "run.seed=1", "--save-dir", folder / "DSPH-16bits-seed1", "--resume")
+    assert "a finished run and no checkpoint" in refused("--config-file", ROOT / "configs/DSPH/coco.yaml", *own)
     line = refused("--config-file", sweep, *entries, "evaluate.batch_size=4")
     assert "evaluate.batch_size: 16 there, 4 now" in line
 
