@@ -99,7 +99,7 @@ def test_a_sweep_survives_interruption_and_writes_one_table(
     assert (folder / "DSPH-16bits-seed1" / "results.json").stat().st_mtime_ns == first
 
     assert not [*folder.glob("*/checkpoints/*")]  # nobody goes on from a finished run; and nobody makes it again:
-    own = (*entries, "model.bits=16", "run.seed=1", "--save-dir", folder / "DSPH-16bits-seed1", "--resume")
+    own = [*entries, "model.bits=16", "run.seed=1", "--resume", f"--save-dir={folder / 'DSPH-16bits-seed1'}"]
     assert "a finished run and no checkpoint" in refused("--config-file", ROOT / "configs/DSPH/coco.yaml", *own)
     line = refused("--config-file", sweep, *entries, "evaluate.batch_size=4")
     assert "evaluate.batch_size: 16 there, 4 now" in line
