@@ -1,8 +1,13 @@
 """Equations that two or more methods use: pure functions, one equation each."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_TRIPLETS_AT_ONCE = 1 << 24  # of some anchors, computed together, and again for the gradient
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -22,6 +27,23 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
         Scalar, or [...] without `dim`.
     """
     return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def sum_over_triplets(cost: Callable[..., tuple[Tensor, Tensor]], *tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Cost of all triplets of a batch and how many count, for some anchors at a time: memory stays far below B^3.
+
+    Args:
+        cost: Rows of the tables, [b, B] each -> sum of the costs of these anchors' triplets, and the number of triplets
+            that count, both scalars.
+        tables: Anchors as rows, [B, B] each.
+
+    Returns:
+        Both sums over all anchors.
+    """
+    rows = max(1, _TRIPLETS_AT_ONCE // tables[0].shape[1] ** 2)
+    parts = zip(*(table.split(rows) for table in tables), strict=True)
+    costs, counts = zip(*(checkpoint(cost, *part, use_reentrant=False) for part in parts), strict=True)
+    return torch.stack(costs).sum(), torch.stack(counts).sum()
 
 
 def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

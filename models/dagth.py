@@ -23,6 +23,7 @@ Deviations from what is published:
 Results reproduced: loss and rotation of the authors' code (tests/golden/DAGtH-loss-*.npz).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,10 +31,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from common.losses import full_precision, masked_mean
+from common.losses import full_precision, masked_mean, sum_over_triplets
 from common.registry import MODELS
 from common.similarity import label_similarity, without_self
 from common.types import Batch, DataInfo, Progress, StepOutput
@@ -41,8 +41,6 @@ from models.base import ParamGroups
 from models.blocks.heads import sign_codes
 from models.blocks.householder import HouseholderRotation, bit_variance
 from models.blocks.pooled import TanhHashingConfig, TanhHashingModel
-
-_TRIPLETS_AT_ONCE = 1 << 24  # of some anchors, computed together, and again for the gradient
 
 DistanceName = Literal["cosine", "euclidean", "squared_euclidean"]
 Selection = Literal["all", "hard", "semi_hard"]
@@ -202,11 +200,8 @@ def adaptive_triplet_loss(
     total = (counts[0] * counts[1]).sum()
     gaps = counts[0] * (distances.detach() * negative).sum(1) - counts[1] * (distances.detach() * positive).sum(1)
     margin = (gaps.sum() / total.clamp(min=1) / config.k_delta).clamp(0, config.max_margin)
-    cost, kept = distances.sum() * 0, torch.zeros_like(total)
-    rows = max(1, _TRIPLETS_AT_ONCE // len(b) ** 2)
-    for part in zip(distances.split(rows), positive.split(rows), negative.split(rows), strict=True):
-        costs, count = checkpoint(_cost_of_triplets, *part, margin, config.triplets, use_reentrant=False)
-        cost, kept = cost + costs, kept + count
+    cost_of = functools.partial(_cost_of_triplets, margin=margin, selection=config.triplets)
+    cost, kept = sum_over_triplets(cost_of, distances, positive, negative)
     loss = cost / kept.clamp(min=1)
     threshold, pairs = torch.zeros_like(margin), torch.zeros_like(total)
     if config.pair_term:

@@ -33,7 +33,7 @@ from einops import einsum, rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.losses import full_precision, masked_mean
+from common.losses import full_precision, sum_over_triplets
 from common.registry import MODELS
 from common.set_losses import maximum_mean_discrepancy
 from common.similarity import label_similarity, without_self
@@ -267,9 +267,14 @@ def triplet_loss(similarity: Tensor, similar: Tensor, margin: float) -> Tensor:
     Source:
         DPSIH, AAAI 2026, multi-similarity triplets; as in the authors' code.
     """
-    positive = without_self(similar)
-    costs = similarity[:, None, :] - similarity[:, :, None] + margin  # [B, p, m]
-    return masked_mean(costs, positive[:, :, None] & ~similar[:, None, :] & (costs >= 0))
+
+    def cost(similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        costs = similarity[:, None, :] - similarity[:, :, None] + margin  # [anchors, p, m]
+        kept = positive[:, :, None] & negative[:, None, :] & (costs >= 0)
+        return (costs * kept).sum(), kept.sum()
+
+    total, count = sum_over_triplets(cost, similarity, without_self(similar), ~similar)
+    return total / count.clamp(min=1)
 
 
 def instance_likeness(residuals: Tensor) -> Tensor:

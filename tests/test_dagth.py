@@ -52,7 +52,7 @@ def test_worked_losses(
 def test_anchors_in_parts_cost_what_they_cost_together(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for at_once in (1 << 24, 2 * 36):
-        monkeypatch.setattr("models.dagth._TRIPLETS_AT_ONCE", at_once)
+        monkeypatch.setattr("common.losses._TRIPLETS_AT_ONCE", at_once)
         x = torch.tanh(1.5 * wave(0.2, 6, 4, DOUBLE)).requires_grad_()
         one = worked(x)
         one.loss.backward()
