@@ -27,7 +27,8 @@ from torch import Tensor
 
 from benchmarks.report import machine, print_table, write_results
 from common.metrics import average_precision, retrieval_values
-from common.ranking import count_ones, pack
+from common.ranking import pack
+from common.ranking_kernels import count_ones
 from utils.output import say
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]

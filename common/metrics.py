@@ -328,17 +328,13 @@ def _ndcg(cutoff: Cutoff, size: int, most_shared: int, device: torch.device) -> 
     discounts = 1 / torch.log2(torch.arange(2, size + 2, dtype=torch.float64, device=device))
     discounts[cut:] = 0
     best = torch.cat([discounts.new_zeros(1), discounts.cumsum(0)])  # discount of the first n ranks, [D + 1]
-    grades = torch.arange(most_shared, 0, -1, device=device)  # labels shared, most first
-    gains = torch.exp2(grades.double()) - 1
+    gains = torch.exp2(torch.arange(most_shared + 1, dtype=torch.float64, device=device)) - 1  # by labels shared
 
     def measure(ranking: Ranking) -> Tensor:
-        rows, grade = ranking.rows, most_shared - ranking.shared.int()
-        gain = gains[grade] * discounts[ranking.ranks]
-        total = gain.new_zeros(len(ranking.relevant)).index_add(0, rows, gain)
-        counts = torch.bincount(rows * most_shared + grade, minlength=len(ranking.relevant) * most_shared)
-        ends = counts.view(-1, most_shared).cumsum(1)  # items of at least a grade, [q, C]
-        ideal = (best[ends].diff(dim=1, prepend=best.new_zeros(len(ends), 1)) * gains).sum(1)
-        return total / ideal
+        counts = ranking.shared_counts(most_shared).flip(1)  # most shared first
+        ends = counts.cumsum(1)  # items of at least a gain, [q, S + 1]
+        ideal = (best[ends].diff(dim=1, prepend=best.new_zeros(len(ends), 1)) * gains.flip(0)).sum(1)
+        return ranking.gain_sum(gains, discounts) / ideal
 
     return measure
 

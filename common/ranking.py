@@ -14,20 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba.extending import intrinsic
 from torch import Tensor
 
-from utils.compiled import compiled, compiled_sums
-
-Words = np.ndarray[Any, np.dtype[np.uint64]]
+from common import ranking_kernels as kernels
 
 _PAIRS_ON_CPU = 1 << 20  # pairs ranked at a time by one thread: at most 6 MB
-_ITEMS_AT_ONCE = 1024  # database items whose distances are computed together; they stay in the first cache
 _PAIRS_ON_ACCELERATOR = 1 << 27  # ranked at a time, where its free memory allows so many
 _ITEMS_OF_A_LANE = 256  # database items that one counter goes through, one after the other
 
@@ -82,17 +77,48 @@ class Ranking:
         Returns:
             [q] float64; `count` is at most `relevant`.
         """
-        if self.ranks.device.type == "cpu":
-            tables = (table.numpy() for table in (self.ranks, self.relevant, count))
-            return torch.from_numpy(_precision_sums(*tables))
-        return precision_sums_with_torch(self, count)
+        number = torch.arange(1, len(self.ranks) + 1, device=count.device) - self.starts[self.rows]  # j, [n]
+        precision = torch.where(number <= count[self.rows], number.double() / (self.ranks + 1), 0.0)
+        return torch.segment_reduce(precision, "sum", lengths=self.relevant, unsafe=True)
+
+    def gain_sum(self, gains: Tensor, discounts: Tensor) -> Tensor:
+        """Sum over the relevant items of the gain for the labels shared times the discount of the rank.
+
+        Args:
+            gains: For every number of shared labels from 0, [S + 1] float64.
+            discounts: For every rank, [D] float64.
+
+        Returns:
+            [q] float64.
+        """
+        products = gains[self.shared.int()] * discounts[self.ranks]
+        return products.new_zeros(len(self.relevant)).index_add(0, self.rows, products)
+
+    def shared_counts(self, most: int) -> Tensor:
+        """Relevant items that share 0, 1, ..., `most` labels, which none exceeds, with their query, [q, most + 1]."""
+        cells = len(self.relevant) * (most + 1)
+        return torch.bincount(self.rows * (most + 1) + self.shared, minlength=cells).view(-1, most + 1)
 
 
-def precision_sums_with_torch(ranking: Ranking, count: Tensor) -> Tensor:
-    """`Ranking.precision_sum`, [q] float64 for `count` [q] int64, by operations that every device has."""
-    number = torch.arange(1, len(ranking.ranks) + 1, device=count.device) - ranking.starts[ranking.rows]  # j, [n]
-    precision = torch.where(number <= count[ranking.rows], number.double() / (ranking.ranks + 1), 0.0)
-    return torch.segment_reduce(precision, "sum", lengths=ranking.relevant, unsafe=True)
+class CompiledRanking(Ranking):
+    """A ranking on the CPU, which compiled loops sum over without anything of the size of its relevant items."""
+
+    def hits_within(self, rank: int) -> Tensor:
+        """As `Ranking`, [q]."""
+        return torch.from_numpy(kernels.hits_within(self.ranks.numpy(), self.relevant.numpy(), rank))
+
+    def precision_sum(self, count: Tensor) -> Tensor:
+        """As `Ranking`, for `count` [q], [q]."""
+        return torch.from_numpy(kernels.precision_sums(self.ranks.numpy(), self.relevant.numpy(), count.numpy()))
+
+    def gain_sum(self, gains: Tensor, discounts: Tensor) -> Tensor:
+        """As `Ranking`, for `gains` [S + 1] and `discounts` [D], [q]."""
+        tables = (table.numpy() for table in (self.ranks, self.shared, self.relevant, gains, discounts))
+        return torch.from_numpy(kernels.gain_sums(*tables))
+
+    def shared_counts(self, most: int) -> Tensor:
+        """As `Ranking`, [q, most + 1]."""
+        return torch.from_numpy(kernels.shared_counts(self.shared.numpy(), self.relevant.numpy(), most))
 
 
 def rank_and_measure(
@@ -216,13 +242,13 @@ def _on_cpu(
         block = slice(start, start + rows)
         out = free.get()
         try:
-            relevant, items, hits = _rank(
+            relevant, items, hits = kernels.rank_block(
                 query_codes[block], database_codes, query_labels[block], database_labels, bits, *out
             )
             count = relevant.sum()
             ranks, shared = (torch.from_numpy(array[:count]) for array in out)
             relevant, items, hits = (torch.from_numpy(array) for array in (relevant, items, hits))
-            return measure(Ranking(size, relevant, ranks, shared, items, hits))
+            return measure(CompiledRanking(size, relevant, ranks, shared, items, hits))
         finally:
             free.put(out)
 
@@ -230,7 +256,7 @@ def _on_cpu(
         return torch.cat(list(pool.map(measure_rows, range(0, queries, rows))))
 
 
-def pack(table: Tensor) -> Words:
+def pack(table: Tensor) -> kernels.Words:
     """Rows of bools as rows of 64-bit words, the last one filled up with zeros.
 
     Args:
@@ -241,107 +267,3 @@ def pack(table: Tensor) -> Words:
     """
     packed = np.packbits(table.numpy(), axis=1)
     return np.ascontiguousarray(np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))).view(np.uint64)
-
-
-def _emit_count_ones(context: Any, word: Any) -> Any:
-    """Number of ones of a word, [] uint64: the processor's instruction, which numba has no name for."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return word(word), emit
-
-
-count_ones: Any = intrinsic(_emit_count_ones)
-
-
-@compiled
-def _rank(
-    query_codes: Words,
-    database_codes: Words,
-    query_labels: Words,
-    database_labels: Words,
-    bits: int,
-    ranks: np.ndarray,
-    shared: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fills the start of `ranks` and `shared`; returns `relevant`, `items` and `hits` of a Ranking."""
-    queries, size = len(query_codes), database_codes.shape[2]
-    relevant = np.zeros(queries, np.int64)
-    items = np.zeros((queries, bits + 1), np.int64)
-    hits = np.zeros((queries, bits + 1), np.int64)
-    both = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distance in the lower half, shared labels in the upper one
-    of_a_pair = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distances of one of the query's codes to one of each item's
-    counts = np.empty(bits + 1, np.uint32)
-    found_at = np.empty(bits + 1, np.uint32)
-    # Relevant items as they come: items of their distance before them, and `both` above that. An irrelevant one is
-    # written too, where the next relevant one will overwrite it: no branch to mispredict.
-    kept = np.empty(size + 1, np.uint64)
-    smaller = np.empty(bits + 1, np.uint32)
-    slots = np.empty(bits + 1, np.uint64)
-    total = np.uint64(0)
-    for row in range(queries):
-        counts[:] = 0
-        found_at[:] = 0
-        found = np.uint64(0)
-        for first in range(0, size, _ITEMS_AT_ONCE):
-            part = both[: min(_ITEMS_AT_ONCE, size - first)]
-            part[:] = 0
-            # Slices, not sums of indices: only then are the loops compiled to vector instructions.
-            for word in range(database_codes.shape[1]):
-                code, codes = query_codes[row, 0, word], database_codes[0, word, first : first + len(part)]
-                for item in range(len(part)):
-                    part[item] += np.uint32(count_ones(code ^ codes[item]))
-            for codes_of_a_pair in range(1, query_codes.shape[1] * len(database_codes)):
-                own, other = divmod(codes_of_a_pair, len(database_codes))
-                distances = of_a_pair[: len(part)]
-                distances[:] = 0
-                for word in range(database_codes.shape[1]):
-                    code, codes = query_codes[row, own, word], database_codes[other, word, first : first + len(part)]
-                    for item in range(len(part)):
-                        distances[item] += np.uint32(count_ones(code ^ codes[item]))
-                for item in range(len(part)):
-                    part[item] = min(part[item], distances[item])
-            for word in range(len(database_labels)):
-                label, labels = query_labels[row, word], database_labels[word, first : first + len(part)]
-                for item in range(len(part)):
-                    part[item] += np.uint32(count_ones(label & labels[item])) << np.uint32(16)
-            for item in range(len(part)):
-                pair = part[item]
-                distance = pair & np.uint32(0xFFFF)
-                kept[found] = np.uint64(counts[distance]) | (np.uint64(pair) << np.uint64(32))
-                counts[distance] += np.uint32(1)
-                found += np.uint64(pair > np.uint32(0xFFFF))
-        for place in range(found):
-            found_at[(kept[place] >> np.uint64(32)) & np.uint64(0xFFFF)] += np.uint32(1)
-        rank, slot = 0, total
-        for distance in range(bits + 1):
-            items[row, distance], hits[row, distance] = counts[distance], found_at[distance]
-            smaller[distance], slots[distance] = rank, slot
-            rank += counts[distance]
-            slot += found_at[distance]
-        for place in range(found):
-            pair = kept[place] >> np.uint64(32)
-            distance = pair & np.uint64(0xFFFF)
-            slot = slots[distance]
-            slots[distance] = slot + np.uint64(1)
-            ranks[slot] = smaller[distance] + np.uint32(kept[place])
-            shared[slot] = pair >> np.uint64(16)
-        relevant[row] = found
-        total += found
-    return relevant, items, hits
-
-
-@compiled_sums
-def _precision_sums(ranks: np.ndarray, relevant: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """`Ranking.precision_sum`."""
-    sums = np.zeros(len(relevant))
-    start = 0
-    for row in range(len(relevant)):
-        own = ranks[start : start + count[row]]
-        total = 0.0
-        for place in range(len(own)):
-            total += (place + 1.0) / (own[place] + 1.0)
-        sums[row] = total
-        start += relevant[row]
-    return sums

@@ -87,7 +87,6 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
             return torch.cat([measure(r) for r in ranking.rank_with_torch(codes, labels)])
 
         monkeypatch.setattr(metrics, "rank_and_measure", with_torch)
-        monkeypatch.setattr(ranking.Ranking, "precision_sum", ranking.precision_sums_with_torch)
 
 
 # ---------------------------------------------------------------------------------------------- known numbers
@@ -324,10 +323,26 @@ def test_ranking_with_torch_in_blocks_equals_the_compiled_one(monkeypatch: pytes
     for name in ("relevant", "ranks", "shared", "items", "hits"):
         parts = torch.cat([getattr(block, name) for block in blocks])
         assert torch.equal(parts, getattr(compiled[0], name)), name
-    counts = torch.arange(20).minimum(compiled[0].relevant)
-    for count in (compiled[0].relevant, counts):
-        with_torch = ranking.precision_sums_with_torch(compiled[0], count)
-        torch.testing.assert_close(with_torch, compiled[0].precision_sum(count), rtol=1e-14, atol=0)
+
+
+def test_compiled_sums_over_a_ranking_equal_those_of_torch() -> None:
+    p = problem(queries=20, database=90, bits=70, classes=70, density=0.05)
+    p[2][3] = False
+
+    def compare(block: ranking.Ranking) -> Tensor:
+        assert isinstance(block, ranking.CompiledRanking)
+        with_torch = ranking.Ranking(**vars(block))
+        for rank in (1, 30, 90, 1000):
+            assert torch.equal(block.hits_within(rank), with_torch.hits_within(rank))
+        for count in (block.relevant, torch.arange(len(block.relevant)).minimum(block.relevant)):
+            torch.testing.assert_close(block.precision_sum(count), with_torch.precision_sum(count), rtol=1e-14, atol=0)
+        most = int(block.shared.max())
+        assert most > 1 and torch.equal(block.shared_counts(most), with_torch.shared_counts(most))
+        tables = torch.rand(most + 1).double(), torch.rand(90).double()
+        torch.testing.assert_close(block.gain_sum(*tables), with_torch.gain_sum(*tables), rtol=1e-14, atol=0)
+        return block.relevant.unsqueeze(1)
+
+    assert len(ranking.rank_and_measure(p[:2], p[2:], compare)) == 20
 
 
 def test_ties_are_broken_by_place() -> None:
