@@ -278,7 +278,11 @@ def load_section(
     below = {} if defaults is None else read_layers(defaults, origins, ())
     tree = apply_overrides(layered(below, read_layers(Path(path), origins, ())), origins, overrides)
     errors = [f"{key}: unknown section beside {name}{_place(key, origins)}" for key in tree if key != name]
-    section = _validate(schema, tree.get(name, {}), name, origins, errors)
+    given, section = tree.get(name, {}), None
+    if isinstance(given, dict):
+        section = _validate(schema, given, name, origins, errors)
+    else:
+        errors.append(f"{name}: this section must be a mapping of keys to values{_place(name, origins)}")
     if errors:
         raise UserError(_joined(errors))
     return cast(SectionT, section)

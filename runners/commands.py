@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -144,10 +145,17 @@ def _do(options: argparse.Namespace) -> int:
 
 
 def import_file(path: Path) -> None:
-    """Runs a user's Python file, so that its decorators register what it defines."""
+    """Runs a user's Python file, so that its decorators register what it defines.
+
+    Raises:
+        UserError: If there is no such file, it fails, or it would hide a module of its name.
+    """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise UserError(f"--import {path}: there is no such Python file")
+    known = PathFinder.find_spec(path.stem)
+    if known is not None and known.origin is not None and Path(known.origin).resolve() != path.resolve():
+        raise UserError(f"--import {path}: there is another module {path.stem} ({known.origin}); rename the file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:

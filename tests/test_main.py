@@ -213,6 +213,9 @@ def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
     file.write_text("from common.registry import MODELS\nMODELS.register('mith')(int)\n")
     with pytest.raises(UserError, match="'mith' would share the folders of 'MITH'"):
         import_file(file)
+    (tmp_path / "models.py").write_text("x = 1\n")  # would stand for the package of the methods
+    with pytest.raises(UserError, match=r"another module models \(.*__init__\.py\); rename the file"):
+        import_file(tmp_path / "models.py")
 
 
 # ----------------------------------------------------------------------------------------------- bad input: config

@@ -121,6 +121,7 @@ def test_one_failing_run_does_not_stop_the_others(sweep: Path, tmp_path: Path, t
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("sweep:", "sweep: this section must be a mapping of keys to values"),
         ("sweep: {configs: [a.yaml], bits: [16], seeds: [1]}", "sweep.save_dir"),
         ("sweep: {configs: [], bits: [16], seeds: [1], save_dir: x}", "sweep.configs"),
         ("sweep: {configs: [a.yaml], bitz: [16], bits: [16], seeds: [1], save_dir: x}", "did you mean 'bits'"),
