@@ -326,15 +326,13 @@ def _ndcg(cutoff: Cutoff, size: int, most_shared: int, device: torch.device) -> 
     """Measure of NDCG: discounted gain up to a rank over the largest that any order of the database could have."""
     cut, most_shared = _rank_cut(cutoff, size), max(most_shared, 1)
     discounts = 1 / torch.log2(torch.arange(2, size + 2, dtype=torch.float64, device=device))
-    discounts[cut:] = 0
-    best = torch.cat([discounts.new_zeros(1), discounts.cumsum(0)])  # discount of the first n ranks, [D + 1]
+    best = torch.cat([discounts.new_zeros(1), discounts[:cut].cumsum(0)])  # of the first 0, 1, ..., cut ranks
     gains = torch.exp2(torch.arange(most_shared + 1, dtype=torch.float64, device=device)) - 1  # by labels shared
 
     def measure(ranking: Ranking) -> Tensor:
-        counts = ranking.shared_counts(most_shared).flip(1)  # most shared first
-        ends = counts.cumsum(1)  # items of at least a gain, [q, S + 1]
-        ideal = (best[ends].diff(dim=1, prepend=best.new_zeros(len(ends), 1)) * gains.flip(0)).sum(1)
-        return ranking.gain_sum(gains, discounts) / ideal
+        # Every further label that an item shares adds its part of the gain.
+        ideal = (best[ranking.sharing(most_shared).clamp(max=cut)] * gains.diff()).sum(1)
+        return ranking.gain_sum(gains, discounts, ranking.hits_within(cut)) / ideal
 
     return measure
 

@@ -54,6 +54,11 @@ class Ranking:
         """Query of every relevant item, [n] int64."""
         return torch.repeat_interleave(self.relevant)
 
+    @cached_property
+    def numbers(self) -> Tensor:
+        """Of every relevant item among those of its query, from 1, [n] int64."""
+        return torch.arange(1, len(self.ranks) + 1, device=self.ranks.device) - self.starts[self.rows]
+
     @property
     def starts(self) -> Tensor:
         """Where each query's relevant items start, [q] int64."""
@@ -77,27 +82,31 @@ class Ranking:
         Returns:
             [q] float64; `count` is at most `relevant`.
         """
-        number = torch.arange(1, len(self.ranks) + 1, device=count.device) - self.starts[self.rows]  # j, [n]
-        precision = torch.where(number <= count[self.rows], number.double() / (self.ranks + 1), 0.0)
+        precision = (self.numbers.double() / (self.ranks + 1)).where(self.numbers <= count[self.rows], 0.0)
         return torch.segment_reduce(precision, "sum", lengths=self.relevant, unsafe=True)
 
-    def gain_sum(self, gains: Tensor, discounts: Tensor) -> Tensor:
-        """Sum over the relevant items of the gain for the labels shared times the discount of the rank.
+    def gain_sum(self, gains: Tensor, discounts: Tensor, count: Tensor) -> Tensor:
+        """Sum over the first `count` relevant items of the gain for the labels shared times the discount of the rank.
 
         Args:
             gains: For every number of shared labels from 0, [S + 1] float64.
             discounts: For every rank, [D] float64.
+            count: At most `relevant`, [q] int64.
 
         Returns:
             [q] float64.
         """
-        products = gains[self.shared.int()] * discounts[self.ranks]
+        products = (gains[self.shared.int()] * discounts[self.ranks]).where(self.numbers <= count[self.rows], 0.0)
         return products.new_zeros(len(self.relevant)).index_add(0, self.rows, products)
 
-    def shared_counts(self, most: int) -> Tensor:
-        """Relevant items that share 0, 1, ..., `most` labels, which none exceeds, with their query, [q, most + 1]."""
-        cells = len(self.relevant) * (most + 1)
-        return torch.bincount(self.rows * (most + 1) + self.shared, minlength=cells).view(-1, most + 1)
+    def sharing(self, most: int) -> Tensor:
+        """Relevant items that share at least 1, 2, ..., `most` labels with their query, [q, most] int64.
+
+        Args:
+            most: S, which the labels shared never exceed.
+        """
+        counts = torch.bincount(self.rows * most + (most - self.shared), minlength=len(self.relevant) * most)
+        return counts.view(-1, most).cumsum(1).flip(1)
 
 
 class CompiledRanking(Ranking):
@@ -111,14 +120,14 @@ class CompiledRanking(Ranking):
         """As `Ranking`, for `count` [q], [q]."""
         return torch.from_numpy(kernels.precision_sums(self.ranks.numpy(), self.relevant.numpy(), count.numpy()))
 
-    def gain_sum(self, gains: Tensor, discounts: Tensor) -> Tensor:
-        """As `Ranking`, for `gains` [S + 1] and `discounts` [D], [q]."""
-        tables = (table.numpy() for table in (self.ranks, self.shared, self.relevant, gains, discounts))
+    def gain_sum(self, gains: Tensor, discounts: Tensor, count: Tensor) -> Tensor:
+        """As `Ranking`, for `gains` [S + 1], `discounts` [D] and `count` [q], [q]."""
+        tables = (table.numpy() for table in (self.ranks, self.shared, self.relevant, gains, discounts, count))
         return torch.from_numpy(kernels.gain_sums(*tables))
 
-    def shared_counts(self, most: int) -> Tensor:
-        """As `Ranking`, [q, most + 1]."""
-        return torch.from_numpy(kernels.shared_counts(self.shared.numpy(), self.relevant.numpy(), most))
+    def sharing(self, most: int) -> Tensor:
+        """As `Ranking`, [q, most]."""
+        return torch.from_numpy(kernels.sharing(self.shared.numpy(), self.relevant.numpy(), most))
 
 
 def rank_and_measure(

@@ -129,13 +129,18 @@ def hits_within(ranks: np.ndarray, relevant: np.ndarray, rank: int) -> np.ndarra
 
 @compiled_sums
 def gain_sums(
-    ranks: np.ndarray, shared: np.ndarray, relevant: np.ndarray, gains: np.ndarray, discounts: np.ndarray
+    ranks: np.ndarray,
+    shared: np.ndarray,
+    relevant: np.ndarray,
+    gains: np.ndarray,
+    discounts: np.ndarray,
+    count: np.ndarray,
 ) -> np.ndarray:
     """`Ranking.gain_sum`: [q] float64."""
     sums = np.zeros(len(relevant))
     start = 0
     for row in range(len(relevant)):
-        own, labels = ranks[start : start + relevant[row]], shared[start : start + relevant[row]]
+        own, labels = ranks[start : start + count[row]], shared[start : start + count[row]]
         total = 0.0
         for place in range(len(own)):
             total += gains[labels[place]] * discounts[own[place]]
@@ -145,13 +150,18 @@ def gain_sums(
 
 
 @compiled
-def shared_counts(shared: np.ndarray, relevant: np.ndarray, most: int) -> np.ndarray:
-    """`Ranking.shared_counts`: [q, most + 1] int64."""
-    counts = np.zeros((len(relevant), most + 1), np.int64)
+def sharing(shared: np.ndarray, relevant: np.ndarray, most: int) -> np.ndarray:
+    """`Ranking.sharing`: [q, most] int64. A pass for every number of labels, in vector instructions; few are needed."""
+    counts = np.zeros((len(relevant), most), np.int64)
     start = 0
     for row in range(len(relevant)):
-        own, labels = counts[row], shared[start : start + relevant[row]]
-        for place in range(len(labels)):
-            own[labels[place]] += 1
+        labels = shared[start : start + relevant[row]]
+        for least in range(1, most + 1):
+            count = np.uint32(0)
+            for place in range(len(labels)):
+                count += np.uint32(labels[place] >= least)
+            if count == 0:
+                break
+            counts[row, least - 1] = count
         start += relevant[row]
     return counts

@@ -334,12 +334,16 @@ def test_compiled_sums_over_a_ranking_equal_those_of_torch() -> None:
         with_torch = ranking.Ranking(**vars(block))
         for rank in (1, 30, 90, 1000):
             assert torch.equal(block.hits_within(rank), with_torch.hits_within(rank))
-        for count in (block.relevant, torch.arange(len(block.relevant)).minimum(block.relevant)):
-            torch.testing.assert_close(block.precision_sum(count), with_torch.precision_sum(count), rtol=1e-14, atol=0)
         most = int(block.shared.max())
-        assert most > 1 and torch.equal(block.shared_counts(most), with_torch.shared_counts(most))
-        tables = torch.rand(most + 1).double(), torch.rand(90).double()
-        torch.testing.assert_close(block.gain_sum(*tables), with_torch.gain_sum(*tables), rtol=1e-14, atol=0)
+        assert most > 1 and torch.equal(block.sharing(most), with_torch.sharing(most))
+        assert torch.equal(block.sharing(most + 2)[:, 0], block.relevant)
+        gains, discounts = torch.rand(most + 1).double(), torch.rand(90).double()
+        for count in (block.relevant, torch.arange(len(block.relevant)).minimum(block.relevant)):
+            for own, other in (
+                (block.precision_sum(count), with_torch.precision_sum(count)),
+                (block.gain_sum(gains, discounts, count), with_torch.gain_sum(gains, discounts, count)),
+            ):
+                torch.testing.assert_close(own, other, rtol=1e-14, atol=0)
         return block.relevant.unsqueeze(1)
 
     assert len(ranking.rank_and_measure(p[:2], p[2:], compare)) == 20
