@@ -15,8 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
-import scipy.io
-import scipy.sparse
+import scipy  # loads its parts where they are first used: reading a configuration waits for none
 
 from common.errors import UserError
 from dataset.mat_bounds import Room, require_honest

@@ -11,7 +11,6 @@ from pydantic import Field
 
 from common.errors import UserError
 from common.registry import DATASETS
-from data.make_openmoji import make
 from dataset.base import Contents, PairedConfig
 from dataset.mat import MatConfig, MatDataset
 from dataset.mat_reader import number_matrix, read_variable
@@ -36,6 +35,8 @@ class OpenmojiDataset(MatDataset):
         """Makes the data set unless its index is there."""
         root = Path(config.root)
         if not any((root / name).is_file() for name in config.index):
+            from data.make_openmoji import make  # no configuration waits for what draws
+
             log.info("data set %s is not in %s: making it (data/make_openmoji.py)", config.name, root)
             make(root, config.picture_size, os.cpu_count() or 1)
 

@@ -11,7 +11,6 @@ from functools import cache, lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
-import ftfy
 import numpy as np
 import regex
 import torch
@@ -68,6 +67,8 @@ def _encode(text: str, room: int, vocabulary: int) -> list[int]:
     if _PLAIN.fullmatch(text):
         words = text.lower().split()
     else:
+        import ftfy  # most texts need none of it, and loading it takes a tenth of a second
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         words = regex.sub(r"\s+", " ", text).strip().lower().split(" ")
     return list(islice(chain.from_iterable(_word_ids(word, vocabulary) for word in words), room))
