@@ -10,6 +10,8 @@ from utils.compiled import compiled, compiled_sums
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 _ITEMS_AT_ONCE = 1024  # database items whose distances are computed together; they stay in the first cache
+_PAGE = np.uint64(256)  # entries; so many that a new page is a rare event, so few that they stay in the cache
+_UPPER, _LOWER = np.uint64(32), np.uint64(0xFFFFFFFF)  # halves of a word: the shift to the upper, the mask of the lower
 
 
 def _emit_count_ones(context: Any, word: Any) -> Any:
@@ -25,6 +27,19 @@ count_ones: Any = intrinsic(_emit_count_ones)
 
 
 @compiled
+def _distances(code: Words, codes: Words, first: int, out: np.ndarray) -> None:
+    """Fills `out` [n] with the Hamming distances of a code [words] to `codes` [words, D] from the first-th on."""
+    # Slices, not sums of indices: only then are the loops compiled to vector instructions.
+    own, others = code[0], codes[0, first : first + len(out)]
+    for item in range(len(out)):
+        out[item] = np.uint32(count_ones(own ^ others[item]))
+    for word in range(1, len(code)):
+        own, others = code[word], codes[word, first : first + len(out)]
+        for item in range(len(out)):
+            out[item] += np.uint32(count_ones(own ^ others[item]))
+
+
+@compiled
 def rank_block(
     query_codes: Words,
     database_codes: Words,
@@ -34,70 +49,71 @@ def rank_block(
     ranks: np.ndarray,
     shared: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fills the start of `ranks` and `shared`; returns `relevant`, `items` and `hits` of a Ranking."""
+    """Fills the start of `ranks` and `shared`; returns `relevant`, `items` and `hits` of a Ranking.
+
+    The relevant items of every distance are collected on pages of their own, in the order in which they come, so that
+    nothing has to be put in place one by one afterwards: the pages are copied, distance after distance.
+    """
     queries, size = len(query_codes), database_codes.shape[2]
     relevant = np.zeros(queries, np.int64)
     items = np.zeros((queries, bits + 1), np.int64)
     hits = np.zeros((queries, bits + 1), np.int64)
     both = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distance in the lower half, shared labels in the upper one
     of_a_pair = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distances of one of the query's codes to one of each item's
-    counts = np.empty(bits + 1, np.uint32)
-    found_at = np.empty(bits + 1, np.uint32)
-    # Relevant items as they come: items of their distance before them, and `both` above that. An irrelevant one is
-    # written too, where the next relevant one will overwrite it: no branch to mispredict.
-    kept = np.empty(size + 1, np.uint64)
-    smaller = np.empty(bits + 1, np.uint32)
-    slots = np.empty(bits + 1, np.uint64)
+    # An entry is a relevant item: items of its distance before it, and `both` above that. The first entry of a page
+    # says which page of the same distance follows.
+    entries = np.empty((bits + 2 + size // (int(_PAGE) - 1)) * int(_PAGE), np.uint64)
+    states = np.empty(bits + 1, np.uint64)  # of a distance: items so far, and above that the next entry's place
     total = np.uint64(0)
     for row in range(queries):
-        counts[:] = 0
-        found_at[:] = 0
-        found = np.uint64(0)
+        for distance in range(bits + 1):
+            states[distance] = np.uint64(distance * _PAGE + 1) << _UPPER
+        pages = np.uint64(bits + 1)
         for first in range(0, size, _ITEMS_AT_ONCE):
-            part = both[: min(_ITEMS_AT_ONCE, size - first)]
-            part[:] = 0
-            # Slices, not sums of indices: only then are the loops compiled to vector instructions.
-            for word in range(database_codes.shape[1]):
-                code, codes = query_codes[row, 0, word], database_codes[0, word, first : first + len(part)]
-                for item in range(len(part)):
-                    part[item] += np.uint32(count_ones(code ^ codes[item]))
+            last = min(first + _ITEMS_AT_ONCE, size)
+            part, distances = both[: last - first], of_a_pair[: last - first]
+            _distances(query_codes[row, 0], database_codes[0], first, part)
             for codes_of_a_pair in range(1, query_codes.shape[1] * len(database_codes)):
                 own, other = divmod(codes_of_a_pair, len(database_codes))
-                distances = of_a_pair[: len(part)]
-                distances[:] = 0
-                for word in range(database_codes.shape[1]):
-                    code, codes = query_codes[row, own, word], database_codes[other, word, first : first + len(part)]
-                    for item in range(len(part)):
-                        distances[item] += np.uint32(count_ones(code ^ codes[item]))
+                _distances(query_codes[row, own], database_codes[other], first, distances)
                 for item in range(len(part)):
                     part[item] = min(part[item], distances[item])
             for word in range(len(database_labels)):
-                label, labels = query_labels[row, word], database_labels[word, first : first + len(part)]
+                label, labels = query_labels[row, word], database_labels[word, first:last]
                 for item in range(len(part)):
                     part[item] += np.uint32(count_ones(label & labels[item])) << np.uint32(16)
             for item in range(len(part)):
                 pair = part[item]
-                distance = pair & np.uint32(0xFFFF)
-                kept[found] = np.uint64(counts[distance]) | (np.uint64(pair) << np.uint64(32))
-                counts[distance] += np.uint32(1)
-                found += np.uint64(pair > np.uint32(0xFFFF))
-        for place in range(found):
-            found_at[(kept[place] >> np.uint64(32)) & np.uint64(0xFFFF)] += np.uint32(1)
-        rank, slot = 0, total
+                state = states[pair & np.uint32(0xFFFF)]
+                # An irrelevant item is written, too, where the next relevant one will overwrite it: whether an item
+                # is relevant cannot be predicted, that a page is full can.
+                entries[state >> _UPPER] = (state & _LOWER) | (np.uint64(pair) << _UPPER)
+                state += np.uint64(1) + (np.uint64(pair > np.uint32(0xFFFF)) << _UPPER)
+                if (state >> _UPPER) % _PAGE == 0:
+                    entries[(state >> _UPPER) - _PAGE] = pages
+                    state = (state & _LOWER) | ((pages * _PAGE + np.uint64(1)) << _UPPER)
+                    pages += np.uint64(1)
+                states[pair & np.uint32(0xFFFF)] = state
+        smaller, slot = np.uint64(0), total
         for distance in range(bits + 1):
-            items[row, distance], hits[row, distance] = counts[distance], found_at[distance]
-            smaller[distance], slots[distance] = rank, slot
-            rank += counts[distance]
-            slot += found_at[distance]
-        for place in range(found):
-            pair = kept[place] >> np.uint64(32)
-            distance = pair & np.uint64(0xFFFF)
-            slot = slots[distance]
-            slots[distance] = slot + np.uint64(1)
-            ranks[slot] = smaller[distance] + np.uint32(kept[place])
-            shared[slot] = pair >> np.uint64(16)
-        relevant[row] = found
-        total += found
+            end, page, start = states[distance] >> _UPPER, np.uint64(distance), slot
+            while True:
+                begin, is_last = page * _PAGE + np.uint64(1), page == end // _PAGE
+                page_entries = entries[begin : end if is_last else begin + _PAGE - np.uint64(1)]
+                next_slot = slot + np.uint64(len(page_entries))
+                page_ranks, page_shared = ranks[slot:next_slot], shared[slot:next_slot]
+                for place in range(len(page_entries)):
+                    page_ranks[place] = smaller + page_entries[place]
+                for place in range(len(page_entries)):
+                    page_shared[place] = page_entries[place] >> np.uint64(48)
+                slot = next_slot
+                if is_last:
+                    break
+                page = entries[page * _PAGE]
+            items[row, distance], hits[row, distance] = states[distance] & _LOWER, slot - start
+            smaller += states[distance] & _LOWER
+        relevant[row] = slot - total
+        total = slot
     return relevant, items, hits
 
 
@@ -107,10 +123,14 @@ def precision_sums(ranks: np.ndarray, relevant: np.ndarray, count: np.ndarray) -
     sums = np.zeros(len(relevant))
     start = 0
     for row in range(len(relevant)):
-        own = ranks[start : start + count[row]]
+        half = count[row] // 2
+        first, second = ranks[start : start + half], ranks[start + half : start + 2 * half]
         total = 0.0
-        for place in range(len(own)):
-            total += (place + 1.0) / (own[place] + 1.0)
+        for place in range(half):  # a / b + c / d with one division, which is what takes the time
+            b, d = first[place] + 1.0, second[place] + 1.0
+            total += ((place + 1.0) * d + (half + place + 1.0) * b) / (b * d)
+        if count[row] % 2:
+            total += count[row] / (ranks[start + count[row] - 1] + 1.0)
         sums[row] = total
         start += relevant[row]
     return sums
