@@ -410,7 +410,8 @@ def _check(query_codes: Tensor, database_codes: Tensor, query_labels: Tensor, da
         if a.shape[-1] != b.shape[-1]:
             raise ValueError(f"query {what} and database {what} differ in width: {a.shape[-1]} and {b.shape[-1]}")
     for side, codes, labels in sides:
-        _require(codes.abs() == 1, codes, f"{side} codes must be -1 or +1")
+        if any(extreme != 1 for extreme in torch.aminmax(codes.abs())):  # a fifth of the time of comparing every value
+            _require(codes.abs() == 1, codes, f"{side} codes must be -1 or +1")
         _require((labels == 0) | (labels == 1), labels, f"{side} labels must be 0 or 1")
 
 
