@@ -60,14 +60,14 @@ def rank_block(
     hits = np.zeros((queries, bits + 1), np.int64)
     both = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distance in the lower half, shared labels in the upper one
     of_a_pair = np.empty(_ITEMS_AT_ONCE, np.uint32)  # distances of one of the query's codes to one of each item's
-    # An entry is a relevant item: items of its distance before it, and `both` above that. The first entry of a page
+    # An entry is a relevant item: `both`, and above that the items of its distance before it. The first entry of a page
     # says which page of the same distance follows.
     entries = np.empty((bits + 2 + size // (int(_PAGE) - 1)) * int(_PAGE), np.uint64)
-    states = np.empty(bits + 1, np.uint64)  # of a distance: items so far, and above that the next entry's place
+    states = np.empty(bits + 1, np.uint64)  # of a distance: place of the next entry, and above that the items so far
     total = np.uint64(0)
     for row in range(queries):
         for distance in range(bits + 1):
-            states[distance] = np.uint64(distance * _PAGE + 1) << _UPPER
+            states[distance] = np.uint64(distance) * _PAGE + np.uint64(1)
         pages = np.uint64(bits + 1)
         for first in range(0, size, _ITEMS_AT_ONCE):
             last = min(first + _ITEMS_AT_ONCE, size)
@@ -83,35 +83,35 @@ def rank_block(
                 for item in range(len(part)):
                     part[item] += np.uint32(count_ones(label & labels[item])) << np.uint32(16)
             for item in range(len(part)):
-                pair = part[item]
-                state = states[pair & np.uint32(0xFFFF)]
+                pair = np.uint64(part[item])
+                state = states[pair & np.uint64(0xFFFF)]
                 # An irrelevant item is written, too, where the next relevant one will overwrite it: whether an item
                 # is relevant cannot be predicted, that a page is full can.
-                entries[state >> _UPPER] = (state & _LOWER) | (np.uint64(pair) << _UPPER)
-                state += np.uint64(1) + (np.uint64(pair > np.uint32(0xFFFF)) << _UPPER)
-                if (state >> _UPPER) % _PAGE == 0:
-                    entries[(state >> _UPPER) - _PAGE] = pages
-                    state = (state & _LOWER) | ((pages * _PAGE + np.uint64(1)) << _UPPER)
+                entries[state & _LOWER] = (state & ~_LOWER) | pair
+                state += (np.uint64(1) << _UPPER) + np.uint64(pair > np.uint64(0xFFFF))
+                if state % _PAGE == 0:
+                    entries[(state & _LOWER) - _PAGE] = pages
+                    state = (state & ~_LOWER) | (pages * _PAGE + np.uint64(1))
                     pages += np.uint64(1)
-                states[pair & np.uint32(0xFFFF)] = state
+                states[pair & np.uint64(0xFFFF)] = state
         smaller, slot = np.uint64(0), total
         for distance in range(bits + 1):
-            end, page, start = states[distance] >> _UPPER, np.uint64(distance), slot
+            end, page, start = states[distance] & _LOWER, np.uint64(distance), slot
             while True:
                 begin, is_last = page * _PAGE + np.uint64(1), page == end // _PAGE
                 page_entries = entries[begin : end if is_last else begin + _PAGE - np.uint64(1)]
                 next_slot = slot + np.uint64(len(page_entries))
                 page_ranks, page_shared = ranks[slot:next_slot], shared[slot:next_slot]
                 for place in range(len(page_entries)):
-                    page_ranks[place] = smaller + page_entries[place]
+                    page_ranks[place] = smaller + (page_entries[place] >> _UPPER)
                 for place in range(len(page_entries)):
-                    page_shared[place] = page_entries[place] >> np.uint64(48)
+                    page_shared[place] = page_entries[place] >> np.uint64(16)
                 slot = next_slot
                 if is_last:
                     break
                 page = entries[page * _PAGE]
-            items[row, distance], hits[row, distance] = states[distance] & _LOWER, slot - start
-            smaller += states[distance] & _LOWER
+            items[row, distance], hits[row, distance] = states[distance] >> _UPPER, slot - start
+            smaller += states[distance] >> _UPPER
         relevant[row] = slot - total
         total = slot
     return relevant, items, hits
