@@ -20,12 +20,14 @@ that of their nearest pair of codes.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.expected_precision import Tables, expected_precision
 from common.ranking import Ranking, rank_and_measure
 
 Definition = Literal["relevant", "top", "expected"]
@@ -65,7 +67,7 @@ def average_precision(
         Section 3.
     """
     _check(query_codes, database_codes, query_labels, database_labels)
-    measure = _average_precision(definition, "all" if k is None else k, len(database_codes))
+    measure = _average_precision(definition, "all" if k is None else k, len(database_codes), query_codes.device)
     return _measure_all((query_codes, database_codes), (query_labels, database_labels), [measure]).squeeze(1)
 
 
@@ -151,7 +153,7 @@ def retrieval_values(
         for definition in definitions:
             if (cutoff, definition) == ("all", "top") and "relevant" in definitions:
                 continue  # the same number
-            measures[metric_name(cutoff, definition)] = _average_precision(definition, cutoff, size)
+            measures[metric_name(cutoff, definition)] = _average_precision(definition, cutoff, size, query_codes.device)
         measures[f"NDCG@{cutoff}"] = _ndcg(cutoff, size, most_shared, query_codes.device)
         if cutoff != "all":
             measures[f"P@{cutoff}"] = _precision(cutoff, size)
@@ -258,13 +260,19 @@ def retrieval_curves(
 # ---------------------------------------------------------------------------------------------- formulas
 
 
-def _average_precision(definition: Definition, cutoff: Cutoff, size: int) -> Measure:
+def _average_precision(definition: Definition, cutoff: Cutoff, size: int, device: torch.device) -> Measure:
     """The measure of a definition; NaN for a query without a relevant item."""
-    formulas = {"relevant": _relevant_precision, "top": _top_precision, "expected": _expected_precision}
-    if definition not in formulas:
+    cut = _rank_cut(cutoff, size)
+    formula: Measure
+    if definition == "relevant":
+        formula = partial(_relevant_precision, cut=cut)
+    elif definition == "top":
+        formula = partial(_top_precision, cut=cut)
+    elif definition == "expected":
+        formula = partial(expected_precision, cut=cut, tables=Tables.up_to(size, device))
+    else:
         raise ValueError(f"definition {definition!r} must be one of {', '.join(get_args(Definition))}")
-    formula, cut = formulas[definition], _rank_cut(cutoff, size)
-    return lambda ranking: formula(ranking, cut).where(ranking.relevant > 0, torch.nan)
+    return lambda ranking: formula(ranking).where(ranking.relevant > 0, torch.nan)
 
 
 def _relevant_precision(ranking: Ranking, cut: int) -> Tensor:
@@ -275,51 +283,6 @@ def _relevant_precision(ranking: Ranking, cut: int) -> Tensor:
 def _top_precision(ranking: Ranking, cut: int) -> Tensor:
     count = ranking.hits_within(cut)
     return ranking.precision_sum(count) / count.clamp(min=1)
-
-
-def _expected_precision(ranking: Ranking, cut: int) -> Tensor:
-    """Expectation of `top` over random orders of ties, in closed form per distance.
-
-    A bucket of n items, m of them relevant, behind t items with j relevant ones: its place s is relevant with
-    probability m / n, and then a = (m - 1) / (n - 1) of each of the s - 1 places before it is. So it adds
-
-        sum_s (m / n) (j + 1 + a (s - 1)) / (t + s) = (m / n) (a n + (j + 1 - a (t + 1)) (H(t + n) - H(t)))
-
-    with the harmonic numbers H. Of the bucket that the cut divides, the x relevant ones among its c places before the
-    cut are hypergeometric; given x those places are again such a bucket.
-    """
-    items, hits = (counts.double() for counts in (ranking.items, ranking.hits))  # [q, K + 1]
-    before, hits_before = items.cumsum(1) - items, hits.cumsum(1) - hits
-    whole = before + items <= cut
-    sums = (_bucket_sum(before, hits_before, items, hits) * whole).sum(1)  # [q]
-    found = (hits * whole).sum(1)
-
-    divided = ((before < cut) & ~whole).double()  # at most one bucket of a query
-    values = torch.where(found > 0, sums / found, 0.0)
-    if divided.any():
-        rows = divided.any(1).nonzero().squeeze(1)
-        place = divided[rows].argmax(1, keepdim=True)
-        n, m, t = (table[rows].gather(1, place) for table in (items, hits, before))  # [r, 1]
-        sums, found = sums[rows].unsqueeze(1), found[rows].unsqueeze(1)
-        c = cut - t
-        x = torch.arange(int(torch.minimum(c, m).max()) + 1, device=n.device, dtype=torch.float64)  # [X]
-        possible = (x <= m) & (x <= c) & (c - x <= n - m)
-        chance = torch.where(possible, _log_choose(m, x) + _log_choose(n - m, c - x) - _log_choose(n, c), -torch.inf)
-        mean = torch.where(found + x > 0, (sums + _bucket_sum(t, found, c, x)) / (found + x), 0.0)
-        values[rows] = (chance.exp() * mean).sum(1)
-    return values
-
-
-def _bucket_sum(t: Tensor, j: Tensor, n: Tensor, m: Tensor) -> Tensor:
-    """What a bucket adds to the sum of precisions, see `_expected_precision`; 0 for n = 0. All float64, broadcast."""
-    a = (m - 1) / (n - 1).clamp(min=1)
-    harmonic = torch.digamma(t + n + 1) - torch.digamma(t + 1)
-    return torch.where(m > 0, m / n * (a * n + (j + 1 - a * (t + 1)) * harmonic), 0.0)
-
-
-def _log_choose(n: Tensor, k: Tensor) -> Tensor:
-    """Logarithm of the number of ways to choose k of n; anything where there is none."""
-    return torch.lgamma(n + 1) - torch.lgamma(k.clamp(min=0) + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
 
 
 def _ndcg(cutoff: Cutoff, size: int, most_shared: int, device: torch.device) -> Measure:

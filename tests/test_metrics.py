@@ -301,7 +301,7 @@ def test_blocks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ranking, "_PAIRS_ON_CPU", pairs)
         parts = values()
         assert all(torch.equal(a, b) for a, b in zip(whole[:4], parts[:4], strict=True)), "relevant, top"
-        for a, b in zip(whole[4:], parts[4:], strict=True):  # expected: digamma rounds by its place in a vector
+        for a, b in zip(whole[4:], parts[4:], strict=True):  # expected: exp rounds by its place in a vector
             torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
 
 
