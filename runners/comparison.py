@@ -248,6 +248,13 @@ def _compared(ours: Sequence[RunFolder], theirs: Sequence[RunFolder], name: str)
     return None if np.isnan(first - second).all() else paired_test(first, second)
 
 
+def compared_numbers(runs: Sequence[RunFolder]) -> list[str]:
+    """Names of the numbers that tables show: every mAP, or the recalls where there are no labels, in the runs' order."""
+    names = dict.fromkeys(name for run in runs for name in run.numbers)
+    maps = [name for name in names if "/mAP" in name]
+    return maps or [name for name in names if "/recall" in name]
+
+
 def runs_of(runs: Sequence[RunFolder], model: str, bits: int) -> list[RunFolder]:
     """Those of one method at one length."""
     return [run for run in runs if (run.model, run.bits) == (model, bits)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from runners.comparison import TASKS, Cell, RunFolder, compare, marks_of, runs_of, tell_apart
+from runners.comparison import TASKS, Cell, RunFolder, compare, compared_numbers, marks_of, runs_of, tell_apart
 from utils.files import write_text
 from utils.output import table
 from utils.plots import plot_precision_at, plot_precision_recall, plot_training_loss, read_training_log
@@ -26,7 +26,7 @@ def write_summary(folder: Path, runs: Sequence[RunFolder]) -> str:
         The table and the names of the files, for the terminal.
     """
     tell_apart(runs)
-    metrics = [name.partition("/")[2] for name in runs[0].numbers if name.startswith("i2t/mAP")]
+    metrics = list(dict.fromkeys(name.partition("/")[2] for name in compared_numbers(runs)))
     cells = {metric: _cells(runs, metric) for metric in metrics}
     write_text(folder / "table.csv", _csv(runs))
     write_text(folder / "summary.csv", _summary_csv(cells))
@@ -57,9 +57,10 @@ def _rows(runs: Sequence[RunFolder], metric: str, cells: Cells, shown: Callable[
         for model in dict.fromkeys(run.model for run in runs):
             found = [cells.get((direction, bits, model)) for bits in lengths]
             rows.append([task, model, *("" if cell is None else shown(cell) for cell in found)])
-    if metric.startswith("mAP@all"):
+    known = "mAP@all" if metric.startswith("mAP@all") else metric
+    if all(known in run.results["random_codes"][str(run.bits)] for run in runs):
         chance = [
-            f"{mean(run.results['random_codes'][str(bits)]['mAP@all'] for run in runs if run.bits == bits):.4f}"
+            f"{mean(run.results['random_codes'][str(bits)][known] for run in runs if run.bits == bits):.4f}"
             for bits in lengths
         ]
         rows.append(["both", "random codes", *chance])
@@ -82,6 +83,8 @@ def _caption(runs: Sequence[RunFolder], metric: str, cells: Cells) -> str:
 
 
 def _meaning(metric: str) -> str:
+    if metric.startswith("recall"):
+        return "share of queries whose own partner is among the first k of the query split, expectation over ties"
     if "(expected)" in metric:
         return "list cut at rank k, expectation over all orders of ties"
     if "(top)" in metric:
@@ -173,12 +176,15 @@ def _csv(runs: Sequence[RunFolder]) -> str:
 
 
 def _draw(folder: Path, runs: Sequence[RunFolder]) -> Iterable[str]:
-    """Precision-recall and precision@N, with bands where there are several runs, and the first run's loss."""
-    dataset = runs[0].results["dataset"]
+    """Precision-recall and precision@N, with bands where there are several runs, and the first run's loss.
+
+    Without labels nothing is relevant, so that there is the loss alone.
+    """
+    dataset, labelled = runs[0].results["dataset"], any("/mAP" in name for name in compared_numbers(runs))
     models = list(dict.fromkeys(run.model for run in runs))
     for bits in sorted({run.bits for run in runs}):
         chosen = {model: own for model in models if (own := runs_of(runs, model, bits))}
-        for direction, task in TASKS.items():
+        for direction, task in TASKS.items() if labelled else ():
             found = {model: [run.curves(direction) for run in own] for model, own in chosen.items()}
             title = f"{dataset}, {bits} bits, {task}"
             name = f"precision-recall-{direction}-{bits}bits.png"

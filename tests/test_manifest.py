@@ -13,6 +13,8 @@ from PIL import Image
 from common.config import load_dataset
 from common.errors import UserError
 from dataset.manifest import ManifestDataset
+from runners.comparison import RunFolder
+from runners.tables import write_summary
 from tests import datasets
 from tests.commands import ROOT, refused, run
 from tests.processes import Forked
@@ -140,6 +142,8 @@ def test_without_labels_pairs_are_what_is_measured(tmp_path: Path, tiny_override
     assert set(numbers) == {f"{way}/{name}" for way in ("i2t", "t2i") for name in results["random_codes"]["16"]}
     assert 0 <= numbers["i2t/recall@1(expected)"] <= numbers["i2t/recall@10(expected)"] <= 1
     assert f"{numbers['t2i/median rank(expected)']:.4f}" in out and "mAP" not in out
+    table = write_summary(tmp_path / "run", [RunFolder(tmp_path / "run")])  # what a sweep ends with
+    assert f"T→I   UCCH          {numbers['t2i/recall@1(expected)']:.4f}" in table and "training-loss" in table
     line = refused(
         "--config-file",
         tmp_path / "DSPH.yaml",

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from common.config import FREE_KEYS
 from common.errors import UserError
 from common.metrics import RetrievalCurves
-from runners.comparison import MARKS, TASKS, Cell, compare, marks_of
+from runners.comparison import MARKS, TASKS, Cell, compare, compared_numbers, marks_of
 from runners.report.charts import bar_chart, line_chart
 from runners.report.runs import ReportedRun, differences, epochs, find_runs
 from utils.files import write_text
@@ -46,7 +46,7 @@ def render(title: str, runs: list[ReportedRun], unfinished: list[str]) -> str:
         runs: At least one.
         unfinished: Names of runs without results.
     """
-    groups, metrics = _groups(runs), _metrics(runs)
+    groups, metrics = _groups(runs), compared_numbers(runs)
     cells = _cells(runs, metrics)
     curves, details = [], []
     for group in progress(groups[:SHOWN], desc="report", unit="method"):
@@ -93,13 +93,6 @@ def _notes(groups: Sequence[Sequence[ReportedRun]]) -> list[str]:
                 "if they were of several; the interval is too narrow"
             ] = None
     return list(notes)
-
-
-def _metrics(runs: Sequence[ReportedRun]) -> list[str]:
-    """Every mAP, or recalls where there is none, in the order of the first run that has it."""
-    names = dict.fromkeys(name for run in runs for name in run.numbers)
-    maps = [name for name in names if "/mAP" in name]
-    return maps or [name for name in names if "recall" in name]
 
 
 Cells = dict[tuple[str, int, str, str], Cell]  # data set, bits, method, number
