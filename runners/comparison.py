@@ -249,7 +249,7 @@ def _compared(ours: Sequence[RunFolder], theirs: Sequence[RunFolder], name: str)
 
 
 def compared_numbers(runs: Sequence[RunFolder]) -> list[str]:
-    """Names of the numbers that tables show: every mAP, or the recalls where there are no labels, in the runs' order."""
+    """Names of the numbers that tables show: every mAP, or the recalls without labels, in the runs' order."""
     names = dict.fromkeys(name for run in runs for name in run.numbers)
     maps = [name for name in names if "/mAP" in name]
     return maps or [name for name in names if "/recall" in name]

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.tensor_files import require_finite
 from common.yaml_layers import flatten
 from dataset.base import PairedDataset
-from utils.distributed import from_main, is_main, rank
+from utils.distributed import barrier, from_main, is_main, rank
 from utils.files import FolderLock, make_folder
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock | None:
 
     Raises:
         BusyError: If the folder is in use, on every process.
-        FinishedError: If a finished run without checkpoints lies there, which beginning anew would overwrite.
+        FinishedError: If a finished run without checkpoints lies there, which beginning anew would overwrite; on every
+            process.
         UserError: If it cannot be written, holds a run that is not to be continued, or a config.yaml
             that no run wrote.
     """
@@ -50,8 +51,9 @@ def claim_folder(folder: Path, resume: bool) -> FolderLock | None:
         held = lock.acquire(wait=False)
     if not from_main(held):
         raise BusyError(f"another process is working in {folder}; wait for it, or choose another --save-dir")
-    if lock is not None and (folder / "config.yaml").exists():
+    if (folder / "config.yaml").exists():  # every process looks: a sweep goes on after some of these refusals
         _require_claimable(folder, resume)
+    barrier()
     return lock
 
 

@@ -81,7 +81,6 @@ class Runner:
         run = self.config.run
         self.device = pick_device(run.device, run.distribute)
         self.lock = claim_folder(self.folder, resume)
-        barrier()
         loaded = newest_checkpoint(self.checkpoints) if resume else None
         if resume and loaded is None:
             logger.info("no checkpoint in %s yet: starting at the beginning", self.checkpoints.folder)

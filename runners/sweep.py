@@ -1,8 +1,9 @@
 """Several runs on one data set: methods x code lengths x seeds and whatever else, then one table and the curves.
 
 A sweep is a YAML with one section, `sweep:`. Finished runs are skipped, interrupted ones go on, and a run that fails
-does not stop the others. Any number of processes may work on one sweep: a run belongs to whoever locks its folder, and
-is free again when that process ends, however it does. On several machines their file system must pass locks on.
+does not stop the others (with `--distribute` it does: its other processes may wait for the one that failed). Any number
+of processes may work on one sweep: a run belongs to whoever locks its folder, and is free again when that process ends,
+however it does. On several machines their file system must pass locks on.
 
 A finished run keeps no checkpoints: they are three times its weights each, and nobody goes on from them.
 """
@@ -32,7 +33,7 @@ from common.yaml_layers import flatten
 from runners.comparison import RunFolder
 from runners.resuming import BusyError, FinishedError
 from runners.tables import write_summary
-from utils.distributed import barrier, from_main, is_main
+from utils.distributed import barrier, from_main, is_main, world_size
 from utils.files import FolderLock, in_turn, make_folder
 from utils.launch import devices, in_group
 from utils.output import say, table
@@ -169,6 +170,8 @@ class Sweep:
                     logger.info("run %d of %d: another process is working on it", number, len(self.planned))
                     busy.append(config)
                 except UserError as error:
+                    if world_size() > 1:  # the others may wait for this process in the middle of the run
+                        raise
                     failed[folder] = str(error)
                     logger.error("%s failed: %s", folder, error)
             left = busy

@@ -6,15 +6,21 @@ import re
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import UserError
 from common.significance import paired_test
 from runners import sweep as sweep_module
+from runners.runner import Runner
+from runners.sweep import Sweep
 from tests.commands import ROOT, refused, run, start
+from tests.processes import run_processes
 from tests.test_runner import interrupted_at
+from utils.distributed import barrier, rank
 
 
 @pytest.fixture
@@ -116,6 +122,28 @@ def test_one_failing_run_does_not_stop_the_others(sweep: Path, tmp_path: Path, t
     line = refused("--config-file", sweep, *entries, "sweep.bits=[16]")
     assert "1 of 2 runs failed" in line and "DSPH-16bits-seed1" in line
     assert re.search(r"\| I→T \| MITH \| 0\.\d{4} \|", (tmp_path / "sweep" / "table.md").read_text())
+
+
+def failed_on_one(file: Path, entries: list[str]) -> str:
+    """How a sweep ends whose runs fail on the second process alone, as of a picture that only it reads."""
+
+    def setup(runner: Runner, resume: bool) -> None:
+        if rank() == 1:
+            raise UserError("7.png is truncated")
+        barrier()
+
+    with mock.patch.object(Runner, "setup", setup):
+        try:
+            Sweep(file, entries).run()
+        except (UserError, RuntimeError) as error:
+            return str(error)
+    return "nothing was noticed"
+
+
+def test_a_run_that_fails_on_one_process_ends_the_sweep_of_all(sweep: Path, tiny_overrides: list[str]) -> None:
+    """The others wait for that process in the middle of the run: no next run can begin."""
+    ends = run_processes(failed_on_one, 2, sweep, settings(tiny_overrides))
+    assert ends[1] == "7.png is truncated" and "peer" in ends[0]
 
 
 @pytest.mark.parametrize(
