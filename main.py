@@ -36,28 +36,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = _Parser(
         prog="main.py", description="Train, evaluate and use a cross-modal hashing method on CLIP.", allow_abbrev=False
     )
+    command = parser.add_mutually_exclusive_group()  # two at once: the second would be passed over
     parser.add_argument("--config-file", type=Path, help="YAML of the run, e.g. configs/MITH/config.yaml")
     parser.add_argument("--save-dir", help="folder of the run (run.save_dir)")
     parser.add_argument("--device", help="auto, cpu, cuda, GPU numbers such as 0,1, or cpu:2 (run.device)")
     parser.add_argument("--distribute", action="store_true", help="one process per device of --device")
     parser.add_argument("--resume", action="store_true", help="go on with the run that lies in the folder")
-    parser.add_argument(
+    command.add_argument(
         "--evaluate", type=Path, metavar="CHECKPOINT", help="evaluate a checkpoint, ours or the authors'"
     )
-    parser.add_argument("--score", type=Path, metavar="FILE", help="retrieval numbers of codes in a .mat or .npz file")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="one HTML file about the runs of a folder")
-    parser.add_argument("--index", type=Path, metavar="CHECKPOINT", help="index what --input names, into --save-dir")
+    command.add_argument("--score", type=Path, metavar="FILE", help="retrieval numbers of codes in a .mat or .npz file")
+    command.add_argument("--report", type=Path, metavar="FOLDER", help="one HTML file about the runs of a folder")
+    command.add_argument("--index", type=Path, metavar="CHECKPOINT", help="index what --input names, into --save-dir")
     parser.add_argument("--input", nargs="+", metavar="WHAT",
                         help="folders, patterns, lines (.txt), manifests (.jsonl, .csv), dataset:NAME")  # fmt: skip
-    parser.add_argument("--search", nargs="+", metavar=("INDEX", "QUESTION"),
-                        help="search an index by texts and pictures")  # fmt: skip
+    command.add_argument("--search", nargs="+", metavar=("INDEX", "QUESTION"),
+                         help="search an index by texts and pictures")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="hits of --search as JSON, a line for each question")
-    parser.add_argument("--serve", type=Path, metavar="INDEX", help="a page and a JSON service on 127.0.0.1")
-    parser.add_argument("--export", type=Path, metavar="CHECKPOINT", help="image.onnx and text.onnx, into --save-dir")
+    command.add_argument("--serve", type=Path, metavar="INDEX", help="a page and a JSON service on 127.0.0.1")
+    command.add_argument("--export", type=Path, metavar="CHECKPOINT", help="image.onnx and text.onnx, into --save-dir")
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
                         help="Python file that registers a method, runner or data set of your own")  # fmt: skip
-    parser.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")
-    parser.add_argument("--list", action="store_true", help="list methods, runners, data sets and index engines")
+    command.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")
+    command.add_argument("--list", action="store_true", help="list methods, runners, data sets and index engines")
     parser.add_argument(
         "--print-config", action="store_true", help="print every value and where it came from, and the runs of a sweep"
     )

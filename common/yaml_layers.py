@@ -1,8 +1,8 @@
 """YAML as layers: reading, merging parents and overrides, and where every value came from.
 
 A file names its parents in `base: [..]` (paths relative to the file); sections merge, scalars and lists replace, and so
-does a `dataset:` section of another `type`;
-`key=value` of the command line comes last. What the values mean stands in `common/config.py`.
+does a `dataset:` section of another `type`. `key=value` of the command line comes last. What the values mean stands in
+`common/config.py`.
 """
 
 import os

@@ -33,13 +33,9 @@ log = logging.getLogger(__name__)
 SHEET = "contact_sheet.png"
 SHOWN = 10  # faulty pictures named
 _BAR = 40  # longest bar of the histogram
-_COLUMNS, _ROWS, _TILE, _LINES, _LINE = (
-    6,
-    4,
-    200,
-    9,
-    15,
-)  # of the contact sheet; the last three in pixels, lines, pixels
+_COLUMNS, _ROWS = 6, 4  # of the contact sheet
+_TILE = 200  # pixels of a picture's side there
+_LINES, _LINE = 9, 15  # lines of text below a picture, and the height of one in pixels
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,8 @@ class DCMHTConfig(ClipModelConfig):
 
     head: Literal["select", "linear", "unified"]  # authors' | authors' ablation | re-implementation's
     dropout: float = Field(ge=0, lt=1)  # before tanh; only the linear head has it
-    similarity: Literal[
-        "euclidean", "cosine", "clipped_cosine"
-    ]  # clipped_cosine: the re-implementation's cosine option
+    # clipped_cosine: the re-implementation's cosine option
+    similarity: Literal["euclidean", "cosine", "clipped_cosine"]
     loss_type: Literal["l1", "l2"]  # power of distances; clipped_cosine is a cross entropy and ignores it
     margin: float = Field(gt=0)  # vartheta, Eq. (10): fraction of bits in which dissimilar items should differ
     cosine_threshold: float = Field(ge=0)  # slack (cosine), or distance kept from 0 and 1 (clipped_cosine)

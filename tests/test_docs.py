@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.config import FREE_KEYS
 from common.yaml_layers import flatten, read_yaml
 from main import parse_arguments
 
@@ -88,6 +89,11 @@ def test_configuration_keys_exist(page: Path) -> None:
             attribute = re.search(rf"\b{key.split('.')[1]}: ", TEXT)  # a field of a schema that no YAML of ours sets
             module = (ROOT / f"{key.replace('.', '/')}.py").exists()
             assert key in prefixes or attribute or module, f"{page.name}: {key} in {code!r}"
+
+
+def test_the_keys_that_may_differ_when_a_run_goes_on_are_listed() -> None:
+    (told,) = re.findall(r"Free are (.*?)\.\n", (ROOT / "docs/distributed.md").read_text(encoding="utf-8"), re.S)
+    assert {f"run.{key.removeprefix('run.')}" for key in re.findall(r"`([\w.]+)`", told)} == FREE_KEYS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -23,7 +23,7 @@ from common import checkpoint
 from common.codes import Codes
 from runners.encoder import Encoder
 from runners.evaluation import Evaluator, SplitCodes
-from runners.search.engine import Kind
+from runners.search.engine import Kind, merged
 from runners.search.index import Index
 from tests.checkpoints import configured, saved
 from tests.commands import refused, run
@@ -365,6 +365,11 @@ def test_rows_without_an_index_file_are_no_ones(trained: Path, photos: Path, tmp
     (tmp_path / "index/index.json").unlink()
     line = refused("--index", trained, "--input", photos, "--save-dir", tmp_path / "index")
     assert "rows of another index where those of" in line
+
+
+def test_where_there_is_no_hit_number_and_distance_are_minus_one() -> None:
+    ids, distances = np.array([[4, -1]]), np.array([[3, 2**31 - 1]])
+    assert [found.tolist() for found in merged([(ids, distances)], 2)] == [[[4, -1]], [[3, -1]]]
 
 
 @pytest.mark.slow

@@ -265,6 +265,7 @@ def test_no_config_and_unknown_options(tmp_path: Path) -> None:
     assert "did you mean '--save-dir'" in refused("--save_dir=x")
     assert "--device: expected one argument" in refused("--device")
     assert "--save-dir" in refused("--resume")
+    assert "--export: not allowed with argument --index" in refused("--index", "a.pt", "--export", "b.pt")
     line = refused("--resume", "--save-dir", tmp_path)
     assert f"{tmp_path} holds no run" in line and "--config-file" in line
 

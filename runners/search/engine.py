@@ -172,6 +172,7 @@ def merged(
     far = np.where(ids < 0, np.iinfo(np.int64).max, distances)
     order = np.lexsort((ids, far), axis=1)[:, :k]
     ids, distances = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+    distances = np.where(ids < 0, -1, distances)  # FAISS has 2^31 - 1 there
     short = k - ids.shape[1]
     if short > 0:
         pad = ((0, 0), (0, short))

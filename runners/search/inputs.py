@@ -238,7 +238,8 @@ def open_input(text: str, encoder: Encoder, overrides: Sequence[str]) -> Input:
     """What one `--input` names.
 
     Args:
-        text: A folder, a pattern, a file, or `dataset:NAME`, with `:query`, `:train` or `:database` (the default).
+        text: A folder, a pattern, a file, or `dataset:NAME`, with `:query`, `:train`, `:validation` or `:database` (the
+            default).
         encoder: Whose codes will be made; its checkpoint's settings are those of its own data set.
         overrides: Entries `dataset.key=value`.
 

@@ -77,9 +77,8 @@ def _listening(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        why = (
-            os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        )  # else of looking up the name
+        number = error.errno or 0  # those of looking up a name are below 0, with words of their own
+        why = os.strerror(number) if number > 0 else error.strerror
         raise UserError(
             f"serve.host={host} serve.port={port}: cannot listen there ({why}); "
             "choose another serve.port, or 0 for one that is free"
