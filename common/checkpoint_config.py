@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_origin
 
-from common.config import Config, EvaluateConfig, RunConfig, Section, build_config
+from common.config import Config, build_config
 from common.errors import UserError
 from common.places import CHECKPOINT, ROOT, Mark, locate, marks_of
 from common.registry import DATASETS
+from common.schemas import EvaluateConfig, RunConfig, Section
 from common.yaml_layers import Tree, apply_overrides, check_values, flatten, read_layers
 
 logger = logging.getLogger(__name__)

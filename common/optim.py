@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import Parameter
 
-from common.config import OptimizerConfig
 from common.errors import UserError
 from common.registry import OPTIMIZERS, near_names
+from common.schemas import OptimizerConfig
 
 Groups = dict[str, list[Parameter]]
 Schedule = Literal["constant", "warmup_constant", "warmup_linear", "warmup_cosine"]

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from common.config import DatasetConfig, Section
 from common.errors import UserError
 from common.places import Mark
+from common.schemas import DatasetConfig, Section
 from dataset.columns import CaptionColumn, Column, MatrixColumn, PictureColumn, WordColumn
 from dataset.pictures.reading import Pictures
 from dataset.texts.captions import Captions

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Section
 from common.errors import UserError
 from common.places import Mark
+from common.schemas import Section
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.clip.towers import CLIP
 

@@ -34,9 +34,9 @@ from einops import einsum, rearrange
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from common.config import Section
 from common.errors import UserError
 from common.registry import MODELS
+from common.schemas import Section
 from common.set_losses import diversity, weighted_triplet
 from common.types import DataInfo, StepOutput
 from models.base import ClipModelConfig

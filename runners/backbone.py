@@ -7,9 +7,10 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-from common.config import FREE_KEYS, Config, build_config, load_config
+from common.config import Config, build_config, load_config
 from common.errors import UserError
 from common.registry import RUNNERS
+from common.schemas import FREE_KEYS
 from common.types import Backbone
 from common.yaml_layers import flatten
 from models.clip.weights import is_config, open_backbone, read_clip, write_clip

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.config import FREE_KEYS
 from common.errors import UserError
 from common.metrics import RetrievalCurves, retrieval_curves
+from common.schemas import FREE_KEYS
 from common.significance import Array, Summary, holm, paired_test, summary
 from common.yaml_layers import flatten, read_yaml
 from runners.evaluation import DIRECTIONS

@@ -6,8 +6,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from common.checkpoint import Checkpoint
-from common.config import Config, Section
+from common.config import Config
 from common.errors import UserError
+from common.schemas import Section
 from common.types import ClipShape
 from dataset.base import PairedDataset
 from dataset.columns import WordColumn

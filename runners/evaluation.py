@@ -11,10 +11,11 @@ from torch import Tensor
 
 from common.checkpoint import load
 from common.code_statistics import code_report, squared_gaps
-from common.config import Config, EvaluateConfig
+from common.config import Config
 from common.errors import UserError
 from common.metrics import mean_over_queries, retrieval_values
 from common.pair_metrics import pair_report, partner_values
+from common.schemas import EvaluateConfig
 from dataset.base import PairedDataset, Split
 from dataset.loader import Loader
 from models.base import HashingModel

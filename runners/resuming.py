@@ -7,8 +7,9 @@ import torch
 
 from common.checkpoint import Checkpoint, Checkpoints, load, require_same
 from common.checkpoint_config import with_younger_settings
-from common.config import FREE_KEYS, Config
+from common.config import Config
 from common.errors import UserError
+from common.schemas import FREE_KEYS
 from common.tensor_files import require_finite
 from common.yaml_layers import flatten
 from dataset.base import PairedDataset

@@ -16,9 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.config import Section, load_section
+from common.config import load_section
 from common.errors import UserError
 from common.metrics import mean_over_queries, random_map, retrieval_values
+from common.schemas import Section
 from dataset.labels import read_labels
 from dataset.mat_reader import Variable, read_variable, variable_names
 from dataset.pictures.reading import Pictures

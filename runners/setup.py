@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
-from common.config import Config, RunConfig
+from common.config import Config
 from common.errors import UserError
 from common.places import CHECKPOINT
 from common.registry import DATASETS, MODELS
+from common.schemas import RunConfig
 from common.tensor_files import Tensors, require_finite, unwrapped
 from common.types import Backbone, ClipShape, DataInfo
 from dataset.base import PairedDataset, Split

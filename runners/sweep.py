@@ -25,10 +25,11 @@ from pydantic import Field
 
 from common.checkpoint import Checkpoints, require_same
 from common.checkpoint_config import stored_config
-from common.config import FREE_KEYS, Config, Section, load_config, load_section
+from common.config import Config, load_config, load_section
 from common.errors import UserError
 from common.places import Mark
 from common.registry import RUNNERS
+from common.schemas import FREE_KEYS, Section
 from common.yaml_layers import flatten
 from runners.comparison import RunFolder
 from runners.resuming import BusyError, FinishedError

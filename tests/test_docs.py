@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import FREE_KEYS
+from common.schemas import FREE_KEYS
 from common.yaml_layers import flatten, read_yaml
 from main import parse_arguments
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.config import EvaluateConfig
+from common.schemas import EvaluateConfig
 from dataset.pictures.reading import PictureFiles
 from runners.evaluation import SplitCodes, evaluate_codes
 from tests.commands import run

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import Parameter
 
-from common.config import OptimizerConfig
 from common.errors import UserError
 from common.optim import SGD, Adam, AdamW, BertAdam, ClippedBertAdam, build_optimizers, scheduled_factor
+from common.schemas import OptimizerConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "bertadam.npz"
 BERT_ADAM: dict[str, Any] = {

@@ -17,10 +17,10 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Section
 from common.errors import UserError
 from common.losses import pair_quantization
 from common.optim import BertAdam, build_optimizers
+from common.schemas import Section
 from models.blocks.heads import pair_codes, pair_softmax
 from utils.progress import progress
 

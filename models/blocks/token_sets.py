@@ -6,8 +6,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
-from common.config import Section
 from common.losses import full_precision
+from common.schemas import Section
 from common.set_losses import SetMode, set_cosines, set_distance
 from common.types import Batch, Progress, StepOutput
 from models.base import ClipHashingModel

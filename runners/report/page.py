@@ -8,9 +8,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.config import FREE_KEYS
 from common.errors import UserError
 from common.metrics import RetrievalCurves
+from common.schemas import FREE_KEYS
 from runners.comparison import MARKS, TASKS, Cell, compare, compared_numbers, marks_of
 from runners.report.charts import bar_chart, line_chart
 from runners.report.runs import ReportedRun, differences, epochs, find_runs

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from common.config import Section
 from common.errors import UserError
+from common.schemas import Section
 from dataset.pictures.reading import as_rgb, opened
 from runners.encoder import read_picture
 from runners.search.embedded import CODES

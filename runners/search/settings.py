@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from common.config import Section
+from common.schemas import Section
 
 
 class SearchConfig(Section):

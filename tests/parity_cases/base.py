@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import OptimizerConfig
 from common.errors import UserError
 from common.registry import MODELS, OPTIMIZERS
+from common.schemas import OptimizerConfig
 from common.types import Backbone, Batch, DataInfo
 from models.base import HashingModel
 from models.clip.formats import shape_of
