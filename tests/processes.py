@@ -1,8 +1,10 @@
 """Runs a function in processes of its own that have the packages loaded already: importing them costs seconds."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tqdm.auto import tqdm
 
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
@@ -68,3 +71,25 @@ def _run(rank: int, count: int, folder: str, function: Callable[..., Any], argum
     finally:
         if dist.is_initialized():  # a whole run leaves its group itself
             dist.destroy_process_group()
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Runs something in a forked process with silent output, and returns its number at once.
+
+    For work that a test kills at any moment, many times: a fork costs milliseconds.
+    """
+    gc.collect()
+    child = os.fork()
+    if child:
+        return child
+    gc.disable()  # loaders of other tests share locks with their workers: a child killed while ending them keeps one
+    code = 1
+    try:
+        tqdm.set_lock(threading.RLock())  # the library's bars share theirs with this process: it would die locked
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        work()
+        code = 0
+    finally:
+        os._exit(code)

@@ -1,6 +1,5 @@
 """The picture cache: the same pictures, whatever happens while it is built."""
 
-import gc
 import io
 import logging
 import os
@@ -8,9 +7,8 @@ import random
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from common.errors import UserError
 from dataset.loader import build_loader
@@ -29,7 +26,7 @@ from dataset.pictures.reading import JoinedPictures, PictureArray, PictureFiles
 from dataset.pictures.transforms import CROP_DRAWS, STD, View, view_pixels
 from tests import datasets
 from tests.disks import small_disk_at
-from tests.processes import run_processes
+from tests.processes import in_child, run_processes
 
 STORED = 24
 SIZES = [(40, 30), (30, 40), (24, 24), (90, 25), (20, 12), (1, 7), (33, 33)]
@@ -62,25 +59,6 @@ def build(paths: list[str], folder: Path, stored_size: int = STORED) -> CachedPi
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Runs something in a forked process with silent output, and returns its number at once."""
-    gc.collect()
-    child = os.fork()
-    if child:
-        return child
-    gc.disable()  # loaders of other tests share locks with their workers: a child killed while ending them keeps one
-    code = 1
-    try:
-        tqdm.set_lock(threading.RLock())  # the library's bars share theirs with this process: it would die locked
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        work()
-        code = 0
-    finally:
-        os._exit(code)
 
 
 # ---------------------------------------------------------------------------------------------- what is stored

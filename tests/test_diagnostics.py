@@ -16,7 +16,7 @@ from models.blocks.heads import pair_codes, sign_codes, watch_relaxed
 from runners import diagnostics
 from runners.evaluation import Evaluation, Evaluator, SplitCodes, describe_codes, evaluate_codes
 from tests.commands import ROOT, run
-from tests.test_runner import assert_same_state, final_state
+from tests.runs import assert_same_state, final_state
 
 
 def random_codes(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,6 +17,7 @@ from runners.runner import Runner
 from tests import tiny_data
 from tests.commands import ROOT
 from tests.processes import run_processes
+from tests.runs import losses
 from tests.tiny_models import small_settings
 from utils.distributed import is_main
 from utils.precision import float32_products
@@ -54,11 +55,6 @@ def train(method: str, folder: Path, overrides: list[str], dropout: float = 0.3)
         assert runner.lock is not None
         runner.lock.release()
     return runner
-
-
-def losses(folder: Path) -> list[float]:
-    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [event["loss"] for event in events if event["event"] == "step"]
 
 
 def driven(name: str, value: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ import pytest
 from common.checkpoint import Checkpoints
 from tests import tiny_data
 from tests.commands import MAIN, ROOT, finish, start
+from tests.runs import arguments, losses, wait_for_step
 from tests.test_launch import alive
-from tests.test_runner import arguments, losses, wait_for_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LONG = ["run.epochs=400", "evaluate.every=400", "run.checkpoint_every=1000"]

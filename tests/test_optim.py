@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 from torch.nn import Parameter
 
 from common.errors import UserError
 from common.optim import SGD, Adam, AdamW, BertAdam, ClippedBertAdam, build_optimizers, scheduled_factor
 from common.schemas import OptimizerConfig
+from tests.worked import wave
 
 GOLDEN = Path(__file__).parent / "golden" / "bertadam.npz"
 BERT_ADAM: dict[str, Any] = {
@@ -32,11 +32,6 @@ BERT_ADAM: dict[str, Any] = {
 
 def bert_adam(lr: dict[str, float], **changes: Any) -> BertAdam.Config:
     return BertAdam.Config(**{**BERT_ADAM, "lr": lr, **changes})
-
-
-def wave(a: float, n: int, m: int) -> Tensor:
-    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(m, dtype=torch.float64)[None]
-    return torch.sin(a + 0.7 * i + 1.3 * j + 0.11 * i * j)
 
 
 def some_parameters(count: int = 12, seed: int = 0) -> list[Parameter]:
@@ -110,7 +105,7 @@ def test_golden_regression_and_get_lr() -> None:
 
 
 def test_published_values_in_float64() -> None:
-    p0, p1 = Parameter(wave(0.1, 2, 3)), Parameter(wave(0.2, 1, 4)[0])
+    p0, p1 = Parameter(wave(0.1, 2, 3, torch.float64)), Parameter(wave(0.2, 1, 4, torch.float64)[0])
     optimizer = BertAdam.build({"p0": [p0], "p1": [p1]}, bert_adam({"p0": 0.01, "p1": 0.1}), 20)
     expected = {
         1: ([0.0998334166], [0.1986693308]),
@@ -128,7 +123,7 @@ def test_published_values_in_float64() -> None:
         ),
     }
     for step in range(12):
-        p0.grad, p1.grad = 3 * wave(0.3 * step, 2, 3), 0.2 * wave(0.3 * step + 1, 1, 4)[0]
+        p0.grad, p1.grad = 3 * wave(0.3 * step, 2, 3, torch.float64), 0.2 * wave(0.3 * step + 1, 1, 4, torch.float64)[0]
         optimizer.step()
         for parameter, values in zip((p0, p1), expected.get(step + 1, ([], [])), strict=True):
             assert parameter.flatten()[: len(values)].tolist() == pytest.approx(values, abs=1e-9)

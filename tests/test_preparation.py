@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from types import ModuleType
 
 import pytest
 from scipy.io import loadmat
-from tqdm.auto import tqdm
 
 from data import (
     make_coco,
@@ -30,6 +28,7 @@ from data.preparation import REPORT
 from data.source_files import JOURNAL, inspect_picture
 from tests import datasets, miniatures
 from tests.disks import small_disk_at
+from tests.processes import in_child
 from utils.files import FolderLock
 
 SCRIPTS = {
@@ -61,21 +60,6 @@ def prepare(name: str, source: Path, root: Path, *more: str) -> int:
 def contents(root: Path) -> dict[str, bytes]:
     """Files of a folder that are no pictures."""
     return {path.name: path.read_bytes() for path in root.iterdir() if not path.is_symlink()}
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Runs something in a forked process with silent output, and returns its number at once."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with this process, and would die locked
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        work()
-    finally:
-        os._exit(0)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

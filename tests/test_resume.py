@@ -17,8 +17,8 @@ from runners.runner import Runner
 from tests.commands import finish, run, start
 from tests.disks import small_disk_at
 from tests.processes import run_processes
-from tests.test_equivalence import SCHEDULE, config_of, losses, train
-from tests.test_runner import arguments, assert_same_state, final_state, wait_for_step
+from tests.runs import arguments, assert_same_state, final_state, losses, names_in, wait_for_step
+from tests.test_equivalence import SCHEDULE, config_of, train
 from utils.distributed import is_main
 from utils.logging import Record
 
@@ -201,6 +201,4 @@ def test_twenty_kills_at_random_moments_change_nothing(tiny_overrides: list[str]
     assert_same_state(final_state(whole), final_state(killed))
     assert (whole / "log.jsonl").read_text() == (killed / "log.jsonl").read_text()
     assert (whole / "results.json").read_text() == (killed / "results.json").read_text()
-    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*") if "tensorboard" not in path.parts}
-             for folder in (whole, killed)]  # fmt: skip
-    assert names[0] == names[1]
+    assert names_in(whole) == names_in(killed)

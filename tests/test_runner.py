@@ -2,81 +2,34 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.io
-import torch
 import yaml
 
 from common.checkpoint import Checkpoints, load
 from common.config import load_config
 from common.registry import MODELS
-from runners.runner import Runner
 from tests.commands import ROOT, finish, refused, run, start
 from tests.processes import Forked
+from tests.runs import (
+    arguments,
+    assert_same_state,
+    config,
+    fails_at,
+    final_state,
+    interrupted_at,
+    losses,
+    names_in,
+    wait_for_step,
+)
 from tests.tiny_models import small_settings
 
 METHODS = [name for name in MODELS.names() if name != "CLIP"]  # CLIP's own codes have their own test below
-
-
-def config(method: str) -> Path:
-    return ROOT / "configs" / MODELS.folder(method) / "coco.yaml"
-
-
-def arguments(method: str, folder: Path, settings: list[str], *more: str) -> list[str]:
-    """A run of a method in small; `settings` and what follows have the last word."""
-    return ["--config-file", str(config(method)), "--save-dir", str(folder), *small_settings(method), *settings, *more]
-
-
-def interrupted_at(
-    step: int, number: signal.Signals, *arguments: str | Path, seed: int | None = None
-) -> tuple[int, str, str]:
-    """Runs the command line in this process, which gets a signal while a run, that of a seed if given, takes a step."""
-    save = Runner._save_if_due
-
-    def save_when_asked_to_stop(runner: Runner) -> None:
-        if runner.state.step == step and seed in (None, runner.config.run.seed):
-            signal.raise_signal(number)
-        save(runner)
-
-    with mock.patch.object(Runner, "_save_if_due", save_when_asked_to_stop):
-        return run(*arguments)
-
-
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    newest = Checkpoints(folder / "checkpoints", keep=1).newest()
-    assert newest is not None
-    return newest.model
-
-
-def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
-
-
-def losses(folder: Path) -> list[float]:
-    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [event["loss"] for event in events if event["event"] == "step"]
-
-
-def fails_at(step: int, *arguments: str) -> tuple[int, str, str]:
-    """Runs the command line in this process with a defect that shows at a step."""
-    save = Runner._save_if_due
-
-    def save_or_fail(runner: Runner) -> None:
-        if runner.state.step == step:
-            raise ZeroDivisionError
-        save(runner)
-
-    with mock.patch.object(Runner, "_save_if_due", save_or_fail):
-        return run(*arguments)
 
 
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path, tiny_overrides: list[str]) -> None:
@@ -153,15 +106,6 @@ def test_every_method_trains_resumes_and_evaluates(method: str, tmp_path: Path, 
     assert json.loads((whole / "score-codes-best.json").read_text())["reports"] == results["best"]["reports"]
 
 
-def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str] | Forked") -> None:
-    log = folder / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def assert_same_codes(npz: Path, mat: Path, bits: int) -> None:
     with np.load(npz, allow_pickle=False) as arrays:
         matrices = scipy.io.loadmat(mat)
@@ -227,9 +171,7 @@ def test_sigkill_at_any_moment_changes_nothing(tmp_path: Path, tiny_overrides: l
     assert code == 0, err
     assert_same_state(final_state(whole), final_state(killed))
     assert losses(whole) == losses(killed)
-    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*") if "tensorboard" not in path.parts}
-             for folder in (whole, killed)]  # fmt: skip
-    assert names[0] == names[1]
+    assert names_in(whole) == names_in(killed)
 
 
 @pytest.mark.parametrize("launcher", ["distribute", pytest.param("torchrun", marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from runners import evaluation
 from runners.selection import choices, choose, out_of_patience
 from tests import datasets
 from tests.commands import refused, run
-from tests.test_runner import arguments, assert_same_state, final_state, interrupted_at, losses
+from tests.runs import arguments, assert_same_state, final_state, interrupted_at, losses
 from tests.tiny_data import PAIRS, QUERY
 
 VALIDATION = 11  # with QUERY and TRAIN it is all of the tiny data

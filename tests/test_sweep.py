@@ -19,7 +19,7 @@ from runners.runner import Runner
 from runners.sweep import Sweep
 from tests.commands import ROOT, refused, run, start
 from tests.processes import run_processes
-from tests.test_runner import interrupted_at
+from tests.runs import interrupted_at
 from utils.distributed import barrier, rank
 
 
