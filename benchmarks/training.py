@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.loading import make_data, published
 from benchmarks.report import machine, print_table, write_results
 from common.config import Config, load_config
-from common.optim import build_optimizers, scheduled_factor
+from common.optim import build_optimizers
+from common.optimizers.base import scheduled_factor
 from common.registry import DATASETS, MODELS
 from common.types import Backbone, Batch, ClipShape, DataInfo, Progress
 from dataset.mat import MatDataset
@@ -96,7 +97,7 @@ class PublishedCLIP(CLIP):
 
 
 class PublishedBertAdam(torch.optim.Optimizer):
-    """BertAdam tensor by tensor; settings as `common.optim.BertAdam`."""
+    """BertAdam tensor by tensor; settings as `common.optimizers.bert_adam.BertAdam`."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -184,5 +184,5 @@ class Registry(Generic[T]):
 MODELS: Registry[Any] = Registry("model", "models")
 RUNNERS: Registry[Any] = Registry("runner", "runners")
 DATASETS: Registry[Any] = Registry("dataset", "dataset")
-OPTIMIZERS: Registry[Any] = Registry("optimizer", "common")
+OPTIMIZERS: Registry[Any] = Registry("optimizer", "common.optimizers")
 INDEXES: Registry[Any] = Registry("index engine", "runners.search.engines")

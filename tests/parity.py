@@ -20,7 +20,9 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.metrics import average_precision
-from common.optim import BertAdam, build_optimizers, scheduled_factor
+from common.optim import build_optimizers
+from common.optimizers.base import scheduled_factor
+from common.optimizers.bert_adam import BertAdam
 from common.similarity import hamming_distance
 from common.types import Progress
 from dataset.texts.tokenizer import tokenize

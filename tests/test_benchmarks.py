@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import search
 from benchmarks.training import PublishedBertAdam, PublishedCLIP
-from common.optim import BertAdam
+from common.optimizers.bert_adam import BertAdam
 from models.clip.towers import CLIP
 from tests import tiny_models
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from common.errors import UserError
-from common.optim import SGD
+from common.optimizers.torch_optimizers import SGD
 from common.types import Batch, Progress
 from common.yaml_layers import read_yaml
 from models.blocks.heads import TanhHead

@@ -13,7 +13,10 @@ from pydantic import ValidationError
 from torch.nn import Parameter
 
 from common.errors import UserError
-from common.optim import SGD, Adam, AdamW, BertAdam, ClippedBertAdam, build_optimizers, scheduled_factor
+from common.optim import build_optimizers
+from common.optimizers.base import scheduled_factor
+from common.optimizers.bert_adam import BertAdam, ClippedBertAdam
+from common.optimizers.torch_optimizers import SGD, Adam, AdamW
 from common.schemas import OptimizerConfig
 from tests.worked import wave
 

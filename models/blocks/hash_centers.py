@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.losses import pair_quantization
-from common.optim import BertAdam, build_optimizers
+from common.optim import build_optimizers
+from common.optimizers.bert_adam import BertAdam
 from common.schemas import Section
 from models.blocks.heads import pair_codes, pair_softmax
 from utils.progress import progress

@@ -1,0 +1,1 @@
+"""The optimizers that the YAML's `optim:` section may name: registered classes, built by `common/optim.py`."""
