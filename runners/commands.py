@@ -104,6 +104,8 @@ def _do(options: argparse.Namespace) -> int:
     if options.report is not None:
         from runners.report.page import write_report
 
+        if options.overrides:
+            raise UserError(f"{options.overrides[0]}: --report shows runs as they were made; leave it out")
         write_report(options.report)
         return 0
     if options.index is not None or options.search is not None or options.serve is not None:
@@ -120,6 +122,11 @@ def _do(options: argparse.Namespace) -> int:
     if options.config_file is not None and has_section(options.config_file, "sweep"):
         from runners.sweep import Sweep
 
+        if options.evaluate is not None:
+            raise UserError(
+                f"{options.config_file} is a sweep, and --evaluate takes the configuration of one run; leave "
+                "--config-file out, or name that of the checkpoint's method"
+            )
         sweep = Sweep(options.config_file, overrides_of(options), options.imports)
     config = sweep.planned[0] if sweep is not None else read_config(options)
     if options.print_config:

@@ -164,6 +164,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
     assert expected in refused("--config-file", file)
+    assert "is a sweep, and --evaluate takes" in refused("--config-file", file, "--evaluate", "best.pt")
 
 
 def test_grid_and_split_seeds_make_runs_and_rows(sweep: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
@@ -181,6 +182,7 @@ def test_grid_and_split_seeds_make_runs_and_rows(sweep: Path, tmp_path: Path, ti
         assert re.search(rf"I→T +DSPH \(optim\.main\.lr\.head={rate}\) +0\.\d{{4}} ± 0\.\d{{4}}", out)
     assert run("--report", folder)[0] == 0
     page = (folder / "report.html").read_text()
+    assert "shows runs as they were made" in refused("--report", folder, "run.seed=2")
     for rate in ("0.001", "0.0001"):  # the page has the rows of the table
         assert re.search(
             rf"<td[^>]*>DSPH \(optim\.main\.lr\.head={rate}\)</td><td[^>]*>16</td><td>1; 2 splits</td>", page

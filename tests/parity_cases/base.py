@@ -21,6 +21,7 @@ from models.base import HashingModel
 from models.clip.formats import shape_of
 
 Tree = dict[str, Any]
+ON_FEATURES = {"index": "index", "image_feature": "image", "text_feature": "text", "labels": "label"}
 
 
 class MethodCase:
@@ -31,6 +32,8 @@ class MethodCase:
         arrays: Name -> array, as the golden README describes them.
     """
 
+    # batch field -> name under in/
+    recorded_as: ClassVar[Mapping[str, str]] = {"index": "index", "image": "image", "text": "text", "labels": "label"}
     buffers: ClassVar[Mapping[str, str]] = {}  # name under in/buffer/ and traj/buffer/ -> name in our state dict
     gradients: ClassVar[Mapping[str, str]] = {"loss": "grad/"}  # pass of a step -> where its gradients are recorded
     noise: ClassVar[re.Pattern[str]] = re.compile("(?!)")  # gradients that are 0 but for rounding
@@ -64,8 +67,7 @@ class MethodCase:
 
     def make_batch(self) -> Batch:
         """The batch under our field names."""
-        names = {"index": "index", "image": "image", "text": "text", "labels": "label"}
-        return Batch({field: self.arrays[f"in/{name}"] for field, name in names.items()})
+        return Batch({field: self.arrays[f"in/{name}"] for field, name in self.recorded_as.items()})
 
     def arrange(self, model: Any, step: int) -> None:
         """Puts recorded inputs into the model before step `step`; before step 0 also for the outputs."""
@@ -182,8 +184,8 @@ class MethodCase:
         return model
 
 
-class TanhCase(MethodCase):
-    """One batch through a method with a tanh head for each modality."""
+class PooledCase(MethodCase):
+    """One batch through a method with a head for each modality on CLIP's pooled features."""
 
     def outputs(self, model: Any) -> dict[str, Tensor]:
         """Relaxed codes and codes."""

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from models.blocks.heads import sign_codes
-from models.dcmht import DCMHT
-from tests.parity_cases.base import MethodCase, Tree
+from tests.parity_cases.base import PooledCase, Tree
 
 
-class Case(MethodCase):
+class Case(PooledCase):
     """A case of DCMHT."""
 
     code_bound = 3e-3
@@ -78,12 +77,3 @@ class Case(MethodCase):
             image, text = terms["quantization_image"], terms["quantization_text"]
             named |= {"quantization": (image + text) / 2, "quantization.image": image, "quantization.text": text}
         return named
-
-    def outputs(self, model: DCMHT) -> dict[str, Tensor]:
-        """Soft-max pairs and their codes."""
-        return {
-            "out/image_code": model.image_head(model.backbone.image_features(self.batch["image"])),
-            "out/text_code": model.text_head(model.backbone.text_features(self.batch["text"])),
-            "out/image_binary": model.encode_image(self.batch),
-            "out/text_binary": model.encode_text(self.batch),
-        }

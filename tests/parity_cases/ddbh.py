@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from tests.parity_cases.base import TanhCase, Tree
+from tests.parity_cases.base import PooledCase, Tree
 
 
-class Case(TanhCase):
+class Case(PooledCase):
     """A case of DDBH."""
 
     def model_section(self) -> Tree:

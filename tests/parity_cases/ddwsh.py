@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.parity_cases.base import TanhCase, Tree
+from tests.parity_cases.base import PooledCase, Tree
 
 SIDES = ("image", "text", "cross")
 
 
-class Case(TanhCase):
+class Case(PooledCase):
     """A case of DDWSH."""
 
     def model_section(self) -> Tree:

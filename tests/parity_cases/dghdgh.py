@@ -4,10 +4,10 @@ import re
 
 from torch import Tensor
 
-from tests.parity_cases.base import TanhCase, Tree
+from tests.parity_cases.base import PooledCase, Tree
 
 
-class Case(TanhCase):
+class Case(PooledCase):
     """A case of DGHDGH."""
 
     gradients = {"loss": "grad/", "classifier": "grad_cz/", "generator": "grad_gen/"}

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.parity_cases.base import TanhCase, Tree
+from tests.parity_cases.base import PooledCase, Tree
 
 
-class Case(TanhCase):
+class Case(PooledCase):
     """A case of DNcH."""
 
     def model_section(self) -> Tree:

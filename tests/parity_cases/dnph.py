@@ -6,10 +6,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from models.dnph import DNPH
-from tests.parity_cases.base import TanhCase, Tree
+from tests.parity_cases.base import PooledCase, Tree
 
 
-class Case(TanhCase):
+class Case(PooledCase):
     """A case of DNPH."""
 
     def model_section(self) -> Tree:

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from common.errors import UserError
-from tests.parity_cases.base import TanhCase, Tree
+from tests.parity_cases.base import PooledCase, Tree
 
 
-class Case(TanhCase):
+class Case(PooledCase):
     """A case of DNpH."""
 
     def model_section(self) -> Tree:

@@ -4,14 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from common.types import Batch
 from models.ucch import UCCH, unit_vectors
-from tests.parity_cases.base import MethodCase, Tree
+from tests.parity_cases.base import ON_FEATURES, MethodCase, Tree
 
 
 class Case(MethodCase):
     """A case of UCCH."""
 
+    recorded_as = ON_FEATURES
     buffers = {"memory": "memory.rows"}
 
     def model_section(self) -> Tree:
@@ -37,11 +37,6 @@ class Case(MethodCase):
     def optim_section(self) -> Tree:
         """The authors' Adam over both networks."""
         return self.adam({"main": {"image_model.": "image", "text_model.": "text"}})
-
-    def make_batch(self) -> Batch:
-        """Features, and labels that nothing reads."""
-        names = {"index": "index", "image_feature": "image", "text_feature": "text", "labels": "label"}
-        return Batch({field: self.arrays[f"in/{name}"] for field, name in names.items()})
 
     def arrange(self, model: Any, step: int) -> None:
         """The recorded memory, and the recorded draws of every step."""

@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from common.types import Batch
 from models.ucmfh import UCMFH
-from tests.parity_cases.base import MethodCase, Tree
+from tests.parity_cases.base import ON_FEATURES, MethodCase, Tree
 
 
 class Case(MethodCase):
     """A case of UCMFH."""
 
+    recorded_as = ON_FEATURES
     code_bound = 1e-3  # rounding moves the authors' queries and keys; ours stay
 
     def model_section(self) -> Tree:
@@ -40,11 +40,6 @@ class Case(MethodCase):
         for name in ("image", "text"):
             sections[name] |= {"milestones": recorded["milestones"], "milestone_factor": recorded["gamma"]}
         return sections
-
-    def make_batch(self) -> Batch:
-        """Features, and labels that nothing reads."""
-        names = {"index": "index", "image_feature": "image", "text_feature": "text", "labels": "label"}
-        return Batch({field: self.arrays[f"in/{name}"] for field, name in names.items()})
 
     def terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same terms; the reference's names are ours."""
