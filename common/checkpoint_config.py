@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_origin
 
-from common.config import Config, build_config
+from common.config import DATASET_CONFIGS, Config, build_config
 from common.errors import UserError
 from common.places import CHECKPOINT, ROOT, Mark, locate, marks_of
 from common.registry import DATASETS
@@ -108,7 +108,7 @@ def _add_younger(tree: Tree, section: str, schema: type[Section], file: Path, or
 
 def _yaml_of_data(name: str) -> Path:
     """Where the YAML of a known data set lies, if it is one."""
-    return ROOT / "configs/datasets" / f"{re.sub(r'[^A-Za-z0-9_-]', '', name)}.yaml"
+    return DATASET_CONFIGS / f"{re.sub(r'[^A-Za-z0-9_-]', '', name)}.yaml"
 
 
 def _section_of(file: Path, section: str) -> Tree:

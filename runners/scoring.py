@@ -19,6 +19,7 @@ from torch import Tensor
 from common.config import load_section
 from common.errors import UserError
 from common.metrics import mean_over_queries, random_map, retrieval_values
+from common.places import ROOT
 from common.schemas import Section
 from dataset.labels import read_labels
 from dataset.mat_reader import Variable, read_variable, variable_names
@@ -31,7 +32,7 @@ from utils.output import say, table
 from utils.progress import progress
 
 logger = logging.getLogger(__name__)
-SETTINGS = Path(__file__).parent.parent / "configs" / "score.yaml"
+SETTINGS = ROOT / "configs/score.yaml"
 # What a variable holds -> the names that libraries of this field give it, ours and MITH's first; DCMHT, DSPH and DNPH
 # write the same; qB and rB are of one kind of code each.
 NAMES = {

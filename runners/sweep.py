@@ -27,7 +27,7 @@ from common.checkpoint import Checkpoints, require_same
 from common.checkpoint_config import stored_config
 from common.config import Config, load_config, load_section
 from common.errors import UserError
-from common.places import Mark
+from common.places import ROOT, Mark
 from common.registry import RUNNERS
 from common.schemas import FREE_KEYS, Section
 from common.yaml_layers import flatten
@@ -42,7 +42,7 @@ from utils.progress import progress
 from utils.signals import Interrupted, StopRequest, end_with_parent
 
 logger = logging.getLogger(__name__)
-DEFAULTS = Path(__file__).parent.parent / "configs" / "sweep_base.yaml"
+DEFAULTS = ROOT / "configs/sweep_base.yaml"
 _PATIENCE = 2.0  # seconds between looks at runs that others are making
 
 
@@ -187,7 +187,6 @@ class Sweep:
         names = [str(device.index) if device.type == "cuda" else device.type for device in found]
         cores = len(os.sched_getaffinity(0))
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // self.parallel))}
-        main = Path(__file__).parent.parent / "main.py"
         processes = []
         with StopRequest() as stop:
             for number in range(self.parallel):
@@ -196,7 +195,7 @@ class Sweep:
                 with open(self.folder / f"process-{number + 1}.log", "wb") as log:
                     processes.append(
                         subprocess.Popen(
-                            [sys.executable, str(main), *self._command, *entries],
+                            [sys.executable, str(ROOT / "main.py"), *self._command, *entries],
                             env=environment,
                             stdout=log,
                             stderr=log,

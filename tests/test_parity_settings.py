@@ -81,17 +81,22 @@ SETS = [
 ]
 
 
+def assert_triplets_of_sets(terms: dict[str, float], s: dict[str, Any], labels: Any, image: Array, text: Array) -> None:
+    """The terms of both directions are those of loops over sets [N, M, W] and labels [N, C]."""
+    for name, distances in (
+        ("i2t", set_distances_by_loops(image, text, s["distance"])),
+        ("t2i", set_distances_by_loops(text, image, s["distance"])),
+    ):
+        wanted = triplet_by_loops(distances, labels, s["chamfer"]["token_triplet_margin"])
+        assert terms[f"Tokens.Similarity.{name}"] == pytest.approx(wanted, rel=5e-5)
+
+
 @pytest.mark.parametrize("changed", SETS, ids=lambda changed: changed["mode"])
 def test_distances_of_sets_in_dimch(changed: dict[str, Any]) -> None:
     settings = {f"distance.{key}": value for key, value in changed.items()}
     terms, s, arrays = computed_terms("DIMCH-unified-b64B13C80s2101.npz", settings)
     image, text = (units(arrays[f"out/{name}_token_embeds"]) for name in ("image", "text"))
-    for name, distances in (
-        ("i2t", set_distances_by_loops(image, text, s["distance"])),
-        ("t2i", set_distances_by_loops(text, image, s["distance"])),
-    ):
-        wanted = triplet_by_loops(distances, arrays["in/label"], s["chamfer"]["token_triplet_margin"])
-        assert terms[f"Tokens.Similarity.{name}"] == pytest.approx(wanted, rel=5e-5)
+    assert_triplets_of_sets(terms, s, arrays["in/label"], image, text)
 
 
 @pytest.mark.parametrize("changed", SETS, ids=lambda changed: changed["mode"])
@@ -99,12 +104,7 @@ def test_distances_of_sets_in_umoed(changed: dict[str, Any]) -> None:
     settings = {f"distance.{key}": value for key, value in changed.items()}
     terms, s, arrays = computed_terms("UMoED-unified-b16B8C24s2202.npz", settings)
     image, text = units(arrays["out/image_code"]), units(arrays["out/text_code"])
-    for name, distances in (
-        ("i2t", set_distances_by_loops(image, text, s["distance"])),
-        ("t2i", set_distances_by_loops(text, image, s["distance"])),
-    ):
-        wanted = triplet_by_loops(distances, arrays["in/label"], s["chamfer"]["token_triplet_margin"])
-        assert terms[f"Tokens.Similarity.{name}"] == pytest.approx(wanted, rel=5e-5)
+    assert_triplets_of_sets(terms, s, arrays["in/label"], image, text)
 
 
 @pytest.mark.parametrize("extreme", [0.02, 0.3, None])
