@@ -18,6 +18,19 @@ from common.errors import UserError
 from common.registry import DATASETS, INDEXES, MODELS, RUNNERS, near_names
 from utils.output import BROKEN_PIPE, say, table
 
+_RUN = "a run"
+_COMMANDS = ("evaluate", "score", "report", "index", "search", "serve", "export", "check_data", "list")
+_TAKEN_BY = {  # option -> what it changes; elsewhere it would be passed over without a word
+    "config_file": (_RUN, "evaluate"),
+    "save_dir": (_RUN, "evaluate", "score", "index", "export", "check_data"),
+    "device": (_RUN, "evaluate", "score", "index", "search", "serve"),
+    "distribute": (_RUN, "evaluate"),
+    "resume": (_RUN,),
+    "print_config": (_RUN, "evaluate"),
+    "input": ("index", "export"),
+    "json": ("search",),
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports mistakes as all others are, with near names for options that do not exist."""
@@ -63,7 +76,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--print-config", action="store_true", help="print every value and where it came from, and the runs of a sweep"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.bits=64 run.epochs=10")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    given = [name for name, value in vars(options).items() if value is not None and value is not False]
+    asked = next((name for name in _COMMANDS if name in given), _RUN)
+    for name in given:
+        if asked not in _TAKEN_BY.get(name, (asked,)):
+            takers = " and ".join(map(_shown, _TAKEN_BY[name]))
+            raise UserError(f"{_shown(name)} belongs to {takers}, not to {_shown(asked)}; leave it out")
+    return options
+
+
+def _shown(name: str) -> str:
+    """A command or option as it is written on the command line."""
+    return name if name == _RUN else f"--{name.replace('_', '-')}"
 
 
 def list_registered() -> str:

@@ -4,7 +4,8 @@ import itertools
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ MARKS = {
     f"{LEVEL:.0%}; another training may differ by more)",
     "?": "not compared: no query in common of which both kept the average precision",
 }
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError)  # what reading a file may raise
+MAKE_AGAIN = "make the run again, or remove its folder"
 # What tells runs apart besides their variant: columns and rows of the tables, and what a row is the mean over.
 # Where the data lie is no setting of a method: what they are, the split's fingerprint tells.
 _COUNTED = {"model.name", "model.bits", "dataset.name", "dataset.root", "dataset.cache", "run.seed",
@@ -46,13 +47,22 @@ class RunFolder:
 
     Attributes:
         variant: What tells it from other runs of its method, beside bits and seeds, see `tell_apart`.
+
+    Raises:
+        UserError: If its results.json cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.variant = ""
-        self.results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        self.bits: int = self.results["bits"]
+        with named(self.place, MAKE_AGAIN):
+            self.results: dict[str, Any] = json.loads(self.place.read_text(encoding="utf-8"))
+            self.bits: int = self.results["bits"]
+
+    @property
+    def place(self) -> Path:
+        """The file of the results."""
+        return self.folder / "results.json"
 
     @property
     def model(self) -> str:
@@ -67,13 +77,12 @@ class RunFolder:
             UserError: If the file is missing or damaged.
         """
         path = self.folder / "config.yaml"
-        remedy = "make the run again, or remove its folder"
         try:
             tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+            raise UserError(f"{path} cannot be read ({error}); {MAKE_AGAIN}") from None
         if not isinstance(tree, dict):
-            raise UserError(f"{path} is no mapping of keys to values; {remedy}")
+            raise UserError(f"{path} is no mapping of keys to values; {MAKE_AGAIN}")
         return flatten(tree)
 
     @property
@@ -137,10 +146,25 @@ def load_arrays(path: Path, remedy: str, names: Sequence[str] | None = None) -> 
     Raises:
         UserError: If the file is missing or damaged.
     """
+    with named(path, remedy), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in (file.files if names is None else names)}
+
+
+@contextmanager
+def named(path: Path, remedy: str) -> Iterator[None]:
+    """Raises what reading a damaged file, or using what it holds, raises as a UserError that names the file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in (file.files if names is None else names)}
-    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"{path} is missing or damaged ({type(error).__name__}: {error}); {remedy}") from None
 
 

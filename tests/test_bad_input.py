@@ -83,6 +83,15 @@ def test_no_config_and_unknown_options(tmp_path: Path) -> None:
     assert "--device: expected one argument" in refused("--device")
     assert "--save-dir" in refused("--resume")
     assert "--export: not allowed with argument --index" in refused("--index", "a.pt", "--export", "b.pt")
+    for asked, option, said in (
+        (("--score", "a.mat"), ("--json",), "--json belongs to --search, not to --score"),
+        (("--search", "a", "b"), ("--input", "c"), "--input belongs to --index and --export, not to --search"),
+        (("--report", "a"), ("--save-dir", "b"), "not to --report"),
+        (("--evaluate", "a.pt"), ("--resume",), "--resume belongs to a run, not to --evaluate"),
+        (("--index", "a.pt"), ("--config-file", "b.yaml"), "--config-file belongs to a run and --evaluate"),
+        (("--config-file", "b.yaml"), ("--input", "c"), "not to a run"),
+    ):
+        assert said in refused(*asked, *option)
     line = refused("--resume", "--save-dir", tmp_path)
     assert f"{tmp_path} holds no run" in line and "--config-file" in line
 

@@ -107,6 +107,9 @@ def test_a_sweep_survives_interruption_and_writes_one_table(
     assert not [*folder.glob("*/checkpoints/*")]  # nobody goes on from a finished run; and nobody makes it again:
     own = [*entries, "model.bits=16", "run.seed=1", "--resume", f"--save-dir={folder / 'DSPH-16bits-seed1'}"]
     assert "a finished run and no checkpoint" in refused("--config-file", ROOT / "configs/DSPH/coco.yaml", *own)
+    (folder / "DSPH-16bits-seed1" / "results.json").write_text("{")
+    line = refused("--config-file", sweep, *entries)
+    assert "DSPH-16bits-seed1/results.json is missing or damaged" in line and "make the run again" in line
     line = refused("--config-file", sweep, *entries, "evaluate.batch_size=4")
     assert "evaluate.batch_size: 16 there, 4 now" in line
 

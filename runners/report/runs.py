@@ -20,7 +20,7 @@ from common.metrics import average_precision
 from common.registry import DATASETS
 from dataset.base import PairedDataset
 from dataset.columns import CaptionColumn
-from runners.comparison import RunFolder, tell_apart
+from runners.comparison import MAKE_AGAIN, RunFolder, named, tell_apart
 from runners.evaluation import DIRECTIONS
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class ReportedRun(RunFolder):
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            super().__init__(folder)
+        super().__init__(folder)
+        with named(self.place, MAKE_AGAIN):
             self._precision: dict[str, Tensor] = {}
             self.seed: int = self.results["seed"]
             self.epoch: int = self.results["best"]["epoch"]
@@ -55,13 +55,8 @@ class ReportedRun(RunFolder):
             self.chosen = f"{self.results['selection']}"
             self.last_epoch: int = self.results["epochs"]
             fine = all(isinstance(value, int | float) for value in self.numbers.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{folder / 'results.json'} is missing or damaged ({type(error).__name__}: {error}); make the run "
-                "again, or remove its folder"
-            ) from None
         if not fine:
-            raise UserError(f"{folder / 'results.json'} holds something other than numbers; make the run again")
+            raise UserError(f"{self.place} holds something other than numbers; make the run again")
 
     @cached_property
     def arrays(self) -> dict[str, Tensor]:
