@@ -81,7 +81,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     asked = next((name for name in _COMMANDS if name in given), _RUN)
     for name in given:
         if asked not in _TAKEN_BY.get(name, (asked,)):
-            takers = " and ".join(map(_shown, _TAKEN_BY[name]))
+            *others, last = map(_shown, _TAKEN_BY[name])
+            takers = f"{', '.join(others)} and {last}" if others else last
             raise UserError(f"{_shown(name)} belongs to {takers}, not to {_shown(asked)}; leave it out")
     return options
 
