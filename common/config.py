@@ -8,6 +8,7 @@ the schemas only.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,12 +17,14 @@ from pydantic import ValidationError
 
 from common.errors import UserError
 from common.places import ROOT, Mark, locate, marks_of
-from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, near_names
-from common.schemas import EvaluateConfig, RunConfig, Section
+from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, Registry, near_names
+from common.schema_sources import schema_of
+from common.schemas import EvaluateConfig, RunConfig, Section, SweepConfig
 from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, layered, read_layers
 
 SECTIONS = ("model", "dataset", "optim", "run", "evaluate")
 DATASET_CONFIGS = ROOT / "configs/datasets"
+SWEEP_DEFAULTS = ROOT / "configs/sweep_base.yaml"
 
 
 @dataclass(frozen=True)
@@ -90,27 +93,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def check_early(path: Path, overrides: list[str]) -> None:
     """Finds the mistakes in a configuration that can be told without torch, which takes seconds to load.
 
-    Whether a section of a method, data set or optimizer is right, `load_config` tells.
+    These are all but those that only the class itself can tell; `load_config` does.
 
     Raises:
         UserError: With all that was found.
     """
+    if has_section(path, "sweep"):
+        sweep, shared = load_sweep(path, overrides)
+        check_early(Path(sweep.configs[0]), shared)  # all runs share most of what they are
+        return
     origins: dict[str, str] = {}
     tree = apply_overrides(read_layers(path, origins, ()), origins, overrides)
-    if "sweep" in tree:
-        return
     errors = _wrong_sections(tree, origins)
-    for section, schema in (("run", RunConfig), ("evaluate", EvaluateConfig)):
+    for section in SECTIONS:
         if isinstance(tree.get(section), dict):
-            _validate(schema, tree[section], section, origins, errors)
-    for registry, section, key in (
-        (MODELS, "model", "name"),
-        (DATASETS, "dataset", "type"),
-        (RUNNERS, "run", "runner"),
-    ):
-        name = tree[section].get(key) if isinstance(tree.get(section), dict) else None
-        if isinstance(name, str):
-            _registered(registry.require_described, name, f"{section}.{key}", origins, errors)
+            _check_section(section, tree[section], origins, errors, _schema_in_source)
     if errors:
         raise UserError(_joined(errors))
 
@@ -172,6 +169,24 @@ def load_section(
     if errors:
         raise UserError(_joined(errors))
     return cast(SectionT, section)
+
+
+def load_sweep(path: Path, overrides: list[str]) -> tuple[SweepConfig, list[str]]:
+    """Reads the YAML file of a sweep.
+
+    Args:
+        path: The YAML file.
+        overrides: Entries `sweep.key=value` for the sweep, all others for every run.
+
+    Returns:
+        The `sweep:` section, and the entries for every run.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    own = [entry for entry in overrides if entry.startswith("sweep.")]
+    sweep = load_section(path, "sweep", SweepConfig, own, defaults=SWEEP_DEFAULTS)
+    return sweep, [entry for entry in overrides if entry not in own]
 
 
 def load_dataset(path: str | Path, overrides: list[str]) -> Any:
@@ -265,41 +280,66 @@ def _joined(errors: list[str]) -> str:
     return errors[0] if len(errors) == 1 else "the configuration is not valid:\n  " + "\n  ".join(errors)
 
 
-def _check_section(section: str, value: Tree, origins: Mapping[str, str], errors: list[str]) -> Any:
+def _schema_of_class(registry: Registry[Any], name: str) -> Any:
+    """The schema of a registered class's settings.
+
+    Raises:
+        UserError: If there is no such class, or it has none.
+    """
+    schema = getattr(registry.get(name), "Config", None)
+    if schema is None:
+        raise UserError(f"{name} has no Config, the schema of its settings; give its class one")
+    return schema
+
+
+def _schema_in_source(registry: Registry[Any], name: str) -> Any:
+    """`_schema_of_class` without importing the class; None where only that tells.
+
+    Raises:
+        UserError: If there is no such class.
+    """
+    return schema_of(*registry.source(name))
+
+
+def _check_section(
+    section: str,
+    value: Tree,
+    origins: Mapping[str, str],
+    errors: list[str],
+    find: Callable[[Registry[Any], str], Any] = _schema_of_class,
+) -> Any:
     if section == "run":
         run = _validate(RunConfig, value, section, origins, errors)
         if run is not None:
-            _registered(RUNNERS.require_described, run.runner, "run.runner", origins, errors)  # loading it takes long
+            _found_for(RUNNERS.source, run.runner, "run.runner", origins, errors)  # loading it takes long
         return run
     if section == "evaluate":
         return _validate(EvaluateConfig, value, section, origins, errors)
     if section == "optim":
+        find_optimizer = partial(find, OPTIMIZERS)
         return {
-            name: _by_name(OPTIMIZERS.get, entry, "type", f"optim.{name}", origins, errors)
+            name: _by_name(find_optimizer, entry, "type", f"optim.{name}", origins, errors)
             for name, entry in value.items()
         }
     if section == "model":
-        return _by_name(MODELS.get, value, "name", section, origins, errors)
-    return _by_name(DATASETS.get, value, "type", section, origins, errors)
+        return _by_name(partial(find, MODELS), value, "name", section, origins, errors)
+    return _by_name(partial(find, DATASETS), value, "type", section, origins, errors)
 
 
 def _by_name(
-    get: Callable[[str], Any], value: Any, key: str, place: str, origins: Mapping[str, str], errors: list[str]
+    find: Callable[[str], Any], value: Any, key: str, place: str, origins: Mapping[str, str], errors: list[str]
 ) -> Any:
-    """Validates a section whose schema is the `Config` of the registered class that its `key` names."""
+    """Validates a section by the schema that is found for the registered class that its `key` names."""
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
         errors.append(f"{place}.{key}: missing; it names the registered class whose settings these are")
         return None
-    cls = _registered(get, value[key], f"{place}.{key}", origins, errors)
-    if cls is not None and not hasattr(cls, "Config"):
-        errors.append(f"{place}.{key}: {value[key]} has no Config, the schema of its settings; give its class one")
-        return None
-    return _validate(cls.Config, value, place, origins, errors) if cls is not None else None
+    schema = _found_for(find, value[key], f"{place}.{key}", origins, errors)
+    return _validate(schema, value, place, origins, errors) if schema is not None else None
 
 
-def _registered(get: Callable[[str], Any], name: str, place: str, origins: Mapping[str, str], errors: list[str]) -> Any:
+def _found_for(find: Callable[[str], Any], name: str, place: str, origins: Mapping[str, str], errors: list[str]) -> Any:
     try:
-        return get(name)
+        return find(name)
     except UserError as error:
         errors.append(f"{place}: {error}{_place(place, origins)}")
         return None

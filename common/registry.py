@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.errors import UserError
 
@@ -31,6 +31,14 @@ def near_names(name: str, known: list[str]) -> str:
     matches = difflib.get_close_matches(name.casefold(), list(folded), n=2, cutoff=0.6)
     near = [candidate for match in matches for candidate in folded[match]]
     return f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+
+
+class _Source(NamedTuple):
+    """Where a name is registered: module, class, and the first line of the class's documentation."""
+
+    module: str
+    name: str
+    doc: str
 
 
 class Registry(Generic[T]):
@@ -88,7 +96,7 @@ class Registry(Generic[T]):
             UserError: If there is none; lists near names, all names, and modules that could not be imported.
         """
         if name not in self._classes and name in self._sources:
-            self._import(self._sources[name][0])  # alone: the others may need packages that load for seconds
+            self._import(self._sources[name].module)  # alone: the others may need packages that load for seconds
         if name not in self._classes:
             self._scan()
         if name not in self._classes:
@@ -112,19 +120,23 @@ class Registry(Generic[T]):
 
     def described(self) -> dict[str, str]:
         """Every registered name with the first line of its documentation, sorted; nothing is imported."""
-        found = {name: doc for name, (_, doc) in self._sources.items()}
+        found = {name: source.doc for name, source in self._sources.items()}
         found |= {name: (getattr(cls, "__doc__", None) or "").split("\n")[0] for name, cls in self._classes.items()}
         return dict(sorted(found.items(), key=lambda item: (item[0].casefold(), item[0])))
 
-    def require_described(self, name: str) -> None:
-        """Refuses a name that `described` does not know.
+    def source(self, name: str) -> tuple[str, str]:
+        """Module and class that `described` has a name from, without importing anything.
 
         Raises:
-            UserError: As `get`, without importing anything.
+            UserError: As `get`.
         """
-        known = list(self.described())
+        known = self.described()
         if name not in known:
-            raise self._unknown(name, known)
+            raise self._unknown(name, list(known))
+        if name in self._sources:
+            return self._sources[name][:2]
+        cls: Any = self._classes[name]
+        return cls.__module__, cls.__name__
 
     def _unknown(self, name: str, known: list[str], failed: str = "") -> UserError:
         near = near_names(name, known)
@@ -133,13 +145,13 @@ class Registry(Generic[T]):
         )
 
     @cached_property
-    def _sources(self) -> dict[str, tuple[str, str]]:
-        """Name -> the module of the package that registers it, and the first line of the class's documentation.
+    def _sources(self) -> dict[str, "_Source"]:
+        """Name -> where the package registers it.
 
         Read from the source, since a list of names should not wait for torch: a decorator with a literal name, such as
         `@MODELS.register("MITH")`, is the registration.
         """
-        found: dict[str, tuple[str, str]] = {}
+        found: dict[str, _Source] = {}
         for path in sorted(Path(__file__).parent.parent.joinpath(*self.package.split(".")).glob("*.py")):
             module = f"{self.package}.{path.stem}"
             try:
@@ -155,7 +167,8 @@ class Registry(Generic[T]):
                         name = call.args[0]
                         ours = call.func.attr == "register" and globals().get(ast.unparse(call.func.value)) is self
                         if ours and isinstance(name, ast.Constant):
-                            found[str(name.value)] = module, (ast.get_docstring(node) or "").split("\n")[0]
+                            doc = (ast.get_docstring(node) or "").split("\n")[0]
+                            found[str(name.value)] = _Source(module, node.name, doc)
         return found
 
     @property

@@ -1,4 +1,4 @@
-"""Schemas of the sections that every run has: types, meaning and ranges of their settings.
+"""Schemas of the sections that every run or sweep has: types, meaning and ranges of their settings.
 
 The values stand in `configs/base.yaml`; each method, data set and optimizer brings the schema of its own settings, a
 class `Config` derived from one of these. `common/config.py` checks a configuration against them.
@@ -6,7 +6,7 @@ class `Config` derived from one of these. `common/config.py` checks a configurat
 
 import re
 import string
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -124,3 +124,16 @@ class EvaluateConfig(Section):
     caption: Literal["random", "first"]  # of several captions: a seeded random one (as the papers), or the first
     pairs: bool  # also recall@k and median rank of a query's own partner, within the split that asks
     select: Literal["query", "validation", "last"]  # which epoch is reported: the best on that split, or the last
+
+
+class SweepConfig(Section):
+    """`sweep:` section; `configs/sweep_base.yaml` has what a sweep's own YAML may leave out."""
+
+    configs: Annotated[list[str], Field(min_length=1), Mark.READ]  # the YAML of every method
+    bits: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)  # model.bits
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # run.seed
+    split_seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None  # dataset.split.seed
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]]  # any key -> its values
+    parallel: int = Field(gt=0, le=1024)  # runs made at once
+    summary: bool  # whether table and curves are written in the end
+    save_dir: str  # folder of the runs, the table and the curves

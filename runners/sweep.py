@@ -19,17 +19,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from common.checkpoint import Checkpoints, require_same
 from common.checkpoint_config import stored_config
-from common.config import Config, load_config, load_section
+from common.config import Config, load_config, load_sweep
 from common.errors import UserError
-from common.places import ROOT, Mark
+from common.places import ROOT
 from common.registry import RUNNERS
-from common.schemas import FREE_KEYS, Section
+from common.schemas import FREE_KEYS
 from common.yaml_layers import flatten
 from runners.comparison import RunFolder
 from runners.resuming import BusyError, FinishedError
@@ -42,21 +40,7 @@ from utils.progress import progress
 from utils.signals import Interrupted, StopRequest, end_with_parent
 
 logger = logging.getLogger(__name__)
-DEFAULTS = ROOT / "configs/sweep_base.yaml"
 _PATIENCE = 2.0  # seconds between looks at runs that others are making
-
-
-class SweepConfig(Section):
-    """`sweep:` section; `configs/sweep_base.yaml` has what a sweep's own YAML may leave out."""
-
-    configs: Annotated[list[str], Field(min_length=1), Mark.READ]  # the YAML of every method
-    bits: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)  # model.bits
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # run.seed
-    split_seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None  # dataset.split.seed
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]]  # any key -> its values
-    parallel: int = Field(gt=0, le=1024)  # runs made at once
-    summary: bool  # whether table and curves are written in the end
-    save_dir: str  # folder of the runs, the table and the curves
 
 
 class Sweep:
@@ -75,8 +59,7 @@ class Sweep:
     """
 
     def __init__(self, path: Path, overrides: list[str], imports: Sequence[Path] = ()) -> None:
-        own = [entry for entry in overrides if entry.startswith("sweep.")]
-        sweep = load_section(path, "sweep", SweepConfig, own, defaults=DEFAULTS)
+        sweep, shared = load_sweep(path, overrides)
         self.folder, self.parallel, self._summary = Path(sweep.save_dir), sweep.parallel, sweep.summary
         self._command = ["--config-file", str(path), *(f"--import={file}" for file in imports), *overrides]
         self.planned: list[Config] = []
@@ -91,7 +74,6 @@ class Sweep:
                 raise UserError(f"{path}: sweep.grid names {key}, which sweep.{taken[key]} sets; name its values there")
             if key in FREE_KEYS:
                 raise UserError(f"{path}: sweep.grid names {key}, which changes no result; leave it out")
-        shared = [entry for entry in overrides if entry not in own]
         splits = [[]] if sweep.split_seeds is None else [[f"dataset.split.seed={seed}"] for seed in sweep.split_seeds]
         choices = [[(key, value) for value in values] for key, values in sweep.grid.items()]
         for file, chosen, bits, split, seed in itertools.product(

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.metrics import average_precision
 from common.optim import build_optimizers
 from common.optimizers.base import scheduled_factor
-from common.optimizers.bert_adam import BertAdam
+from common.optimizers.bert_adam import BertAdam, BertAdamConfig
 from common.similarity import hamming_distance
 from common.types import Progress
 from dataset.texts.tokenizer import tokenize
@@ -182,7 +182,7 @@ def _bertadam(cfg: dict[str, Any], groups: dict[str, list[torch.nn.Parameter]]) 
     schedule, warmup = ("constant" if endless else cfg["schedule"]), max(cfg["warmup"], 0.0)
     # Below 0 there is no warm-up, but the reference's line still falls from where it would cross warm-up's end.
     height = (1 - warmup) / (1 - cfg["warmup"]) if schedule == "warmup_linear" else 1.0
-    config = BertAdam.Config.model_validate(
+    config = BertAdamConfig.model_validate(
         {
             "type": "BertAdam",
             "lr": {name: height * rate for name, rate in zip(groups, cfg["group_lr"], strict=True)},

@@ -2,14 +2,18 @@
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from common.config import SECTIONS, build_config, load_config
 from common.errors import UserError
-from common.registry import MODELS
+from common.registry import DATASETS, MODELS, OPTIMIZERS, Registry
+from common.schema_sources import schema_of
 from common.yaml_layers import flatten, read_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -218,3 +222,43 @@ def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(UserError, match="no regular file"):
         load_config(tmp_path / "pipe.yaml")
+
+
+@pytest.mark.parametrize("registry", [MODELS, DATASETS, OPTIMIZERS], ids=lambda registry: str(registry.kind))
+def test_schemas_from_source_are_those_of_the_classes(registry: Registry[Any]) -> None:
+    for name in registry.names():
+        module, cls = registry.source(name)
+        if module.startswith(f"{registry.package}."):
+            schema, own = schema_of(module, cls), registry.get(name).Config
+            assert schema is not None, f"settings of {name} need more than pydantic, so mistakes in them wait for torch"
+            assert schema is not own and schema.model_json_schema() == own.model_json_schema()
+            assert [repr(field) for field in schema.model_fields.values()] == [
+                repr(field) for field in own.model_fields.values()
+            ]
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        ("TwDH/config.yaml", ["dataset.split.query=-1", "model.bits=x", "model.short_bits=[16,16]", "optim.main.b1=2"]),
+        ("sweep.yaml", ["sweep.seedz=3"]),
+        ("sweep.yaml", ["model.bitz=3", "run.epochs=0"]),
+    ],
+)
+def test_mistakes_do_not_wait_for_torch(config: str, wrong: list[str]) -> None:
+    code = """
+import sys
+from pathlib import Path
+from common.config import check_early
+from common.errors import UserError
+try:
+    check_early(Path("configs", sys.argv[1]), sys.argv[2:])
+except UserError as error:
+    print(error)
+print({"torch", "numpy"} & set(sys.modules) or "nothing")
+"""
+    command = [sys.executable, "-c", code, config, *wrong]
+    *message, loaded = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout.splitlines()
+    assert loaded == "nothing"
+    named = [line.strip().removeprefix("the configuration is not valid:").split(": ")[0] for line in message]
+    assert sorted(filter(None, named)) == [entry.split("=")[0] for entry in wrong]

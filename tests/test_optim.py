@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from common.errors import UserError
 from common.optim import build_optimizers
 from common.optimizers.base import scheduled_factor
-from common.optimizers.bert_adam import BertAdam, ClippedBertAdam
+from common.optimizers.bert_adam import BertAdam, BertAdamConfig, ClippedBertAdamConfig
 from common.optimizers.torch_optimizers import SGD, Adam, AdamW
 from common.schemas import OptimizerConfig
 from tests.worked import wave
@@ -33,8 +33,8 @@ BERT_ADAM: dict[str, Any] = {
 }
 
 
-def bert_adam(lr: dict[str, float], **changes: Any) -> BertAdam.Config:
-    return BertAdam.Config(**{**BERT_ADAM, "lr": lr, **changes})
+def bert_adam(lr: dict[str, float], **changes: Any) -> BertAdamConfig:
+    return BertAdamConfig(**{**BERT_ADAM, "lr": lr, **changes})
 
 
 def some_parameters(count: int = 12, seed: int = 0) -> list[Parameter]:
@@ -193,7 +193,7 @@ def test_clipping_all_gradients_together_keeps_their_direction() -> None:
     """The gradient 12, 16 is clipped to 1.2, 1.6, then each tensor to at most 1.5; both are as given to BertAdam."""
     clipped, plain = ([Parameter(torch.ones(1)), Parameter(torch.ones(1))] for _ in range(2))
     tree = {**bert_adam({"a": 0.1}, max_grad_norm=1.5).model_dump(), "type": "ClippedBertAdam", "max_total_norm": 2.0}
-    config = ClippedBertAdam.Config.model_validate(tree)
+    config = ClippedBertAdamConfig.model_validate(tree)
     optimizers = [
         build_optimizers({"main": config}, {"main": {"a": clipped}}, 10)["main"],
         BertAdam.build({"a": plain}, bert_adam({"a": 0.1}, max_grad_norm=1.5), 10),
@@ -215,7 +215,7 @@ def test_a_run_continued_from_its_state_ends_in_the_same_bits(kind: str) -> None
         groups, lr = {"a": parameters[:5], "b": parameters[5:]}, {"a": 0.01, "b": 0.1}
         configs: dict[str, OptimizerConfig] = {
             "BertAdam": bert_adam(lr),
-            "ClippedBertAdam": ClippedBertAdam.Config.model_validate(
+            "ClippedBertAdam": ClippedBertAdamConfig.model_validate(
                 {**bert_adam(lr).model_dump(), "type": "ClippedBertAdam", "max_total_norm": 0.5}
             ),
             "SGD": sgd(lr, schedule="cosine"),

@@ -167,7 +167,10 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
     assert expected in refused("--config-file", file)
-    assert "is a sweep, and --evaluate takes" in refused("--config-file", file, "--evaluate", "best.pt")
+
+
+def test_a_checkpoint_is_not_evaluated_by_a_sweep(sweep: Path) -> None:
+    assert "is a sweep, and --evaluate takes" in refused("--config-file", sweep, "--evaluate", "best.pt")
 
 
 def test_grid_and_split_seeds_make_runs_and_rows(sweep: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -18,6 +18,16 @@ from common.optimizers.base import (
     torch_groups,
 )
 from common.registry import OPTIMIZERS
+
+
+class BertAdamConfig(ScheduledConfig):
+    """An entry of `optim:` of type BertAdam."""
+
+    b1: float = Field(ge=0, lt=1)  # decay of the mean of gradients; all CLIP hashing papers: 0.9
+    b2: float = Field(ge=0, lt=1)  # decay of the mean of squared gradients; 0.98, not Adam's 0.999
+    eps: float = Field(gt=0)  # outside the root; 1e-6
+    weight_decay: float = Field(ge=0)  # decoupled, times the scheduled rate; 0.2, MITH 0.01
+    max_grad_norm: float  # largest norm of one tensor's gradient; 1, and 0 or less does not clip
 
 
 @OPTIMIZERS.register("BertAdam")
@@ -54,14 +64,7 @@ class BertAdam(torch.optim.Optimizer):
         BertAdam of pytorch-pretrained-BERT as CLIP4Clip, DCMHT and MITH carry it.
     """
 
-    class Config(ScheduledConfig):
-        """An entry of `optim:` of type BertAdam."""
-
-        b1: float = Field(ge=0, lt=1)  # decay of the mean of gradients; all CLIP hashing papers: 0.9
-        b2: float = Field(ge=0, lt=1)  # decay of the mean of squared gradients; 0.98, not Adam's 0.999
-        eps: float = Field(gt=0)  # outside the root; 1e-6
-        weight_decay: float = Field(ge=0)  # decoupled, times the scheduled rate; 0.2, MITH 0.01
-        max_grad_norm: float  # largest norm of one tensor's gradient; 1, and 0 or less does not clip
+    Config: ClassVar[type[BertAdamConfig]] = BertAdamConfig
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class BertAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @classmethod
-    def build(cls, groups: Groups, config: Config, total_steps: int) -> "BertAdam":
+    def build(cls, groups: Groups, config: BertAdamConfig, total_steps: int) -> "BertAdam":
         """The optimizer of a model's groups.
 
         Args:
@@ -186,6 +189,12 @@ def _rate(group: Mapping[str, Any], step: int) -> float:
     return cast(float, group["lr"] * scheduled_factor(group["schedule"], step / group["total_steps"], group["warmup"]))
 
 
+class ClippedBertAdamConfig(BertAdamConfig):
+    """An entry of `optim:` of type ClippedBertAdam."""
+
+    max_total_norm: float = Field(gt=0)  # largest norm of all gradients of this optimizer together
+
+
 @OPTIMIZERS.register("ClippedBertAdam")
 class ClippedBertAdam(BertAdam):
     """BertAdam after clipping by the norm of all gradients together, which keeps their direction.
@@ -194,17 +203,14 @@ class ClippedBertAdam(BertAdam):
         torch.nn.utils.clip_grad_norm_, which the trainers of DPSIH and DGHDGH call before BertAdam.
     """
 
-    class Config(BertAdam.Config):
-        """An entry of `optim:` of type ClippedBertAdam."""
-
-        max_total_norm: float = Field(gt=0)  # largest norm of all gradients of this optimizer together
+    Config: ClassVar[type[BertAdamConfig]] = ClippedBertAdamConfig
 
     @classmethod
-    def build(cls, groups: Groups, config: BertAdam.Config, total_steps: int) -> "ClippedBertAdam":
+    def build(cls, groups: Groups, config: BertAdamConfig, total_steps: int) -> "ClippedBertAdam":
         """The optimizer of a model's groups; arguments as `BertAdam.build`."""
         optimizer = cast(ClippedBertAdam, super().build(groups, config, total_steps))
         for group in optimizer.param_groups:
-            group["max_total_norm"] = cast(ClippedBertAdam.Config, config).max_total_norm
+            group["max_total_norm"] = cast(ClippedBertAdamConfig, config).max_total_norm
         return optimizer
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.losses import pair_quantization
 from common.optim import build_optimizers
-from common.optimizers.bert_adam import BertAdam
+from common.optimizers.bert_adam import BertAdamConfig
 from common.schemas import Section
 from models.blocks.heads import pair_codes, pair_softmax
 from utils.progress import progress
@@ -36,7 +36,7 @@ class TransformTraining(Section):
     epochs: int = Field(gt=0)  # over the training labels; training ends early once no bit of a class is wrong
     batch_size: int = Field(gt=0)  # rows of labels
     sparsity_weight: float = Field(ge=0)  # a, of the sum of absolute entries
-    optimizer: BertAdam.Config  # one group, `transform`
+    optimizer: BertAdamConfig  # one group, `transform`
 
 
 @dataclass(frozen=True)
