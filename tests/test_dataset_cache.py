@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -288,6 +289,39 @@ def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
     assert new.path == old.path
     assert new.read(5).size == (86, 24) and not np.array_equal(np.array(new.read(5)), before)
     assert np.array_equal(np.array(old.read(5)), before)  # whoever has the old one open goes on with it
+
+
+def test_a_cache_of_another_version_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures").mkdir()
+    path = tmp_path / "pictures" / "grey.png"
+    Image.fromarray(np.arange(30 * 40, dtype=np.uint16).reshape(30, 40) * 50).save(path)
+    with monkeypatch.context() as older:  # which made white of what exceeds 255
+        older.setattr(cache, "_VERSION", "2")
+        older.setattr(PictureFiles, "read", lambda self, number: Image.new("RGB", (40, 30), "white"))
+        assert np.array(build([str(path)], tmp_path / "cache").read(0)).min() == 255
+    assert np.array(build([str(path)], tmp_path / "cache").read(0)).min() < 10
+
+
+def test_a_change_of_how_pictures_are_stored_changes_the_version(tmp_path: Path) -> None:
+    """Where stored pixels are others on purpose: raise the version, and write the new digest here."""
+    (tmp_path / "pictures").mkdir()
+    ramp = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32
+    grey, colour = (ramp >> 8).astype(np.uint8), datasets.smooth_picture(3, 50, 40)
+    palette = Image.fromarray(grey // 64, "P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 8, 7])
+    sources = {
+        "rgb": colour,
+        "rgba": Image.merge("RGBA", [*colour.split(), Image.fromarray(grey)]),
+        "grey": Image.fromarray(grey),
+        "grey16": Image.fromarray(ramp),
+        "palette": palette,
+        "bits": Image.fromarray(grey).convert("1"),
+    }
+    for name, picture in sources.items():
+        picture.save(tmp_path / "pictures" / f"{name}.png")
+    pictures = build([str(tmp_path / "pictures" / f"{name}.png") for name in sources], tmp_path / "cache")
+    digest = zlib.crc32(b"".join(pictures.read(number).tobytes() for number in range(len(pictures))))
+    assert (cache._VERSION, f"{digest:08x}") == ("3", "1a3039e5")
 
 
 def test_other_files_and_other_sizes_have_caches_of_their_own(paths: list[str], tmp_path: Path) -> None:

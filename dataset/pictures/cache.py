@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 
 PIXELS, CHECKS, INDEX, PLAN, DONE = "pictures.bin", "checks.bin", "index.npz", "plan.npz", "done.bin"
 PART = 64  # pictures written between two entries of `done.bin`
-_LAYOUT = "2"  # of the files; another one makes older caches anew
+# Of the files' layout, and of how pictures are decoded and scaled: caches of another version are made anew. 3: grey of
+# 16 bits is scaled, where it was white.
+_VERSION = "3"
 _PARTS_A_SYNC = 64  # parts between two waits for the disk
 
 
@@ -147,7 +149,7 @@ def cached_pictures(pictures: Pictures, folder: Path, name: str, stored_size: in
         )
     paths = "\n".join(os.path.abspath(file) for file in files)
     folder = folder / f"{name}-{stored_size}px-{_digest(paths)}"
-    stamp = _digest(_LAYOUT, *map(_state_of_file, files))
+    stamp = _digest(_VERSION, *map(_state_of_file, files))
     sizes = _whole(folder, stamp)
     if sizes is None:
         with in_turn(folder, "dataset.cache"):
