@@ -205,7 +205,7 @@ def _numbers(variable: Variable) -> npt.NDArray[Any]:
 
 
 def _signs(arrays: Mapping[str, npt.NDArray[Any]], path: Path, remarks: list[str]) -> dict[str, npt.NDArray[np.int8]]:
-    """Codes in {-1, +1} of all arrays, which are of one kind: -1 and +1, 0 and 1, or real values."""
+    """Codes in {-1, +1} of all arrays: each of -1 and +1 or of 0 and 1, or else all real values."""
     for what, array in arrays.items():
         if array.ndim not in (2, 3):
             raise UserError(
@@ -216,11 +216,14 @@ def _signs(arrays: Mapping[str, npt.NDArray[Any]], path: Path, remarks: list[str
                 f"{path}: {what} codes are whole numbers up to {array.max()}, such as bits packed into bytes are; "
                 "unpack them (numpy.unpackbits) to one value a bit"
             )
-    if all(((array == 1) | (array == -1)).all() for array in arrays.values()):
-        return {what: array.astype(np.int8) for what, array in arrays.items()}
-    if all(((array == 1) | (array == 0)).all() for array in arrays.values()):
-        remarks.append("codes are 0 and 1; 0 is read as -1")
-        return {what: array.astype(np.int8) * 2 - 1 for what, array in arrays.items()}
+    low = {what: next((sign for sign in (-1, 0) if ((array == 1) | (array == sign)).all()), None)
+           for what, array in arrays.items()}  # fmt: skip
+    if None not in low.values():
+        zeros_in = [what for what, sign in low.items() if sign == 0]
+        if zeros_in:
+            which = "" if len(zeros_in) == len(low) else f"{' and '.join(zeros_in)} "
+            remarks.append(f"{which}codes are 0 and 1; 0 is read as -1")
+        return {what: np.where(array == 1, 1, -1).astype(np.int8) for what, array in arrays.items()}
     zeros = sum(int((array == 0).sum()) for array in arrays.values()) / sum(array.size for array in arrays.values())
     share = f", and {zeros:.2%} of them are 0, which is read as +1" if zeros else ""
     remarks.append(
@@ -263,7 +266,7 @@ def _warnings(file: CodeFile) -> Iterator[str]:
     for side, members in (("query", file.query), ("database", file.database)):
         for modality, codes in members.items():
             constant = int((codes == codes[:1]).all(dim=0).sum())
-            if constant:
+            if constant and len(codes) > 1:
                 bits = f"{constant} of {codes[0].numel()} bits of the {f'{side} {modality}'.strip()} codes"
                 yield f"{bits} have one sign for all {len(codes)} items, so they tell nothing apart"
     database = _rows(file.database, file.database_labels)

@@ -81,6 +81,21 @@ def test_every_form_of_a_file_has_the_same_numbers(several: int, tmp_path: Path)
     assert any("real values" in remark for remark in files["real.npz"]["remarks"])
 
 
+def test_each_array_may_be_of_another_kind(tmp_path: Path) -> None:
+    ours = arrays()
+    np.savez(tmp_path / "ours.npz", **ours)
+    np.savez(tmp_path / "mixed.npz", **(ours | {name: (ours[name] + 1) // 2 for name in ("r_img", "r_txt")}))
+    expected, found = score(tmp_path / "ours.npz"), score(tmp_path / "mixed.npz")
+    assert found["reports"] == expected["reports"]
+    assert "database image and database text codes are 0 and 1; 0 is read as -1" in found["remarks"]
+
+
+def test_one_query_is_not_said_to_have_constant_bits(tmp_path: Path) -> None:
+    ours = arrays()
+    np.savez(tmp_path / "one.npz", **(ours | {name: ours[name][:1] for name in ("q_img", "q_txt", "q_l")}))
+    assert not any("one sign" in remark for remark in score(tmp_path / "one.npz")["remarks"])
+
+
 def test_one_direction_and_class_numbers(tmp_path: Path) -> None:
     ours = arrays()
     numbers = [(np.arange(n) % 5 if n == D else np.arange(n) % 3 + 2).reshape(1, -1) for n in (Q, D)]
