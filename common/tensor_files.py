@@ -29,6 +29,7 @@ EXPANSION = 16  # declared bytes a byte of the file: torch.save does not compres
 _ALLOWANCE = 1 << 20  # bytes that any file may declare
 _MOST_NAMES = 1_000_000  # values of a file; those that stand in several places count each time
 _DEEPEST = 64  # mappings inside each other
+_LONGEST = 500  # characters of a tensor's name
 
 CHECKSUM = "checksum"  # key of a safetensors file's metadata: `checksum` of its tensors, verified when it is read
 
@@ -58,8 +59,19 @@ def read_tensors(path: Path) -> TensorFile:
 
     Raises:
         UserError: Without the path, which the caller knows best: if the file is missing, no regular file, damaged,
-            declares far more than it holds, or asks for code to be run.
+            declares far more than it holds, asks for code to be run, or has names that no message can show.
     """
+    file = _read(path)
+    for name in file.tensors:  # messages show names, and a terminal obeys what is not printable
+        if len(name) > _LONGEST or not name.isprintable():
+            raise UserError(
+                f"a tensor is called {name[:40]!r}, {len(name):,} characters in all; names are printable and have at "
+                f"most {_LONGEST}"
+            )
+    return file
+
+
+def _read(path: Path) -> TensorFile:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
@@ -129,7 +141,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def require_finite(tensors: Mapping[str, Tensor], place: str) -> None:
-    """Refuses tensors with NaN or infinity.
+    """Refuses tensors with NaN, infinity, or what is infinity in float32, in which models compute.
 
     Args:
         tensors: By name, any shapes.
@@ -139,11 +151,13 @@ def require_finite(tensors: Mapping[str, Tensor], place: str) -> None:
         UserError: With the first that has one.
     """
     for name, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            bad = int((~value.isfinite()).sum())
+        if not value.is_floating_point():
+            continue
+        finite = value.float().isfinite()
+        if not bool(finite.all()):
             raise UserError(
-                f"{place}: {name} holds {bad} values that are not finite (NaN or infinity), so its codes would mean "
-                "nothing; use an earlier checkpoint, or fetch the file anew"
+                f"{place}: {name} holds {int((~finite).sum())} values that are not finite as float32 (NaN, infinity), "
+                "so its codes would mean nothing; use an earlier checkpoint, or fetch the file anew"
             )
 
 

@@ -50,11 +50,45 @@ def test_tensor_of_another_size(tmp_path: Path, state: State) -> None:
         ("visual.conv1.weight", torch.ones(1280, 3, 8, 8), "the image tower is 1280 wide"),
         ("visual.conv1.weight", torch.ones(128, 3), "visual.conv1.weight has the shape [128, 3]"),
         ("visual.positional_embedding", torch.ones(9, 128), "9 positions of the image tower"),
+        ("visual.conv1.weight", torch.ones(128, 3, 0, 0), "visual.conv1.weight has the shape [128, 3, 0, 0]"),
+        ("positional_embedding", torch.ones(0, 64), "positional_embedding has the shape [0, 64]"),
+        ("token_embedding.weight", torch.ones(0, 64), "token_embedding.weight has the shape [0, 64]"),
+        ("text_projection", torch.ones(64, 0), "text_projection has the shape [64, 0]"),
     ],
 )
 def test_sizes_that_are_no_clip(tmp_path: Path, state: State, name: str, value: Tensor, part: str) -> None:
     torch.save({**state, name: value}, tmp_path / "clip.pt")
     refuse(tmp_path / "clip.pt", part)
+
+
+def test_blocks_beyond_any_clip(tmp_path: Path, state: State) -> None:
+    """A name for each costs a file nothing, building them costs minutes."""
+    blocks = {f"visual.transformer.resblocks.{number}.x": torch.ones(1) for number in range(100)}
+    torch.save({**state, **blocks}, tmp_path / "clip.pt")
+    refuse(tmp_path / "clip.pt", "the image tower has 100 blocks, ViT-L has 24")
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_values_that_float32_does_not_hold(tmp_path: Path, state: State, kind: torch.dtype) -> None:
+    """Whatever the type: it is the weights as they are computed with that must be finite."""
+    good = {name: value.to(kind) for name, value in state.items()}
+    torch.save(good, tmp_path / "clip.pt")
+    assert read_clip(tmp_path / "clip.pt").shape == SHAPE
+    bad = torch.full((64,), 1e300 if kind == torch.float64 else float("nan"), dtype=torch.float64).to(kind)
+    torch.save({**good, "ln_final.bias": bad}, tmp_path / "clip.pt")
+    refuse(tmp_path / "clip.pt", "ln_final.bias holds 64 values that are not finite")
+
+
+@pytest.mark.parametrize("form", ["clip.pt", "clip.safetensors"])
+def test_names_that_no_terminal_should_see(tmp_path: Path, state: State, form: str) -> None:
+    content = {**state, "a\n\x1b[31m": torch.ones(1)}
+    if form == "clip.pt":
+        torch.save(content, tmp_path / form)
+    else:
+        write_clip(tmp_path / form, content, {})
+    refuse(tmp_path / form, r"a tensor is called 'a\n\x1b[31m'")
+    torch.save({**state, "a" * 5000: torch.ones(1)}, tmp_path / "long.pt")
+    refuse(tmp_path / "long.pt", "a tensor is called 'aaa", "5,000 characters")
 
 
 def test_resnet_is_said_plainly(tmp_path: Path, state: State) -> None:
@@ -168,10 +202,12 @@ def test_archive_cannot_read_beyond_a_storage(tmp_path: Path) -> None:
 
 def test_activation_that_is_unknown_or_unreadable(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "clip.pt")
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    refuse(tmp_path / "clip.pt", "open_clip_config.json beside it does not describe a CLIP")
-    write_clip(tmp_path / "clip.safetensors", state, {"activation": "relu"})
-    refuse(tmp_path / "clip.safetensors", "activation relu is not known")
+    for description in ("{}", "[" * 100_000, '{"model_cfg": {"quick_gelu": "false"}}'):
+        (tmp_path / "open_clip_config.json").write_text(description)
+        refuse(tmp_path / "clip.pt", "open_clip_config.json beside it does not describe a CLIP")
+    for activation in ("relu", "a\nb"):
+        write_clip(tmp_path / "clip.safetensors", state, {"activation": activation})
+        refuse(tmp_path / "clip.safetensors", f"activation {activation!r} is not known")
 
 
 def test_unwritable_folder(tmp_path: Path, state: State) -> None:

@@ -17,6 +17,7 @@ from common.types import ClipShape
 from models.clip.towers import CLIP, HEAD_WIDTH
 
 WIDEST = 1024  # of ViT-L; the wider towers of OpenCLIP (H, g, G) have heads of another width
+DEEPEST = 64  # blocks of a tower, ViT-L has 24; a file that only names more would be minutes of building them
 
 
 def shape_of(state: Mapping[str, Tensor]) -> ClipShape:
@@ -37,8 +38,10 @@ def shape_of(state: Mapping[str, Tensor]) -> ClipShape:
     }
     _require_names(state, list(dimensions))
     for name, number in dimensions.items():
-        if state[name].ndim != number:
-            raise UserError(f"{name} has the shape {list(state[name].shape)}, a CLIP's has {number} dimensions")
+        if state[name].ndim != number or 0 in state[name].shape:
+            raise UserError(
+                f"{name} has the shape {list(state[name].shape)}, a CLIP's has {number} dimensions, and none is 0"
+            )
     conv, positions = state["visual.conv1.weight"], state["visual.positional_embedding"]
     grid = math.isqrt(max(len(positions) - 1, 0))
     shape = ClipShape(
@@ -58,6 +61,9 @@ def shape_of(state: Mapping[str, Tensor]) -> ClipShape:
                 f"the {tower} tower is {width} wide; heads are {HEAD_WIDTH} wide here, as in ViT-B and ViT-L, whose "
                 f"widths are multiples of {HEAD_WIDTH} up to {WIDEST}; choose such a model"
             )
+    for tower, blocks in (("image", shape.vision_layers), ("text", shape.text_layers)):
+        if blocks > DEEPEST:
+            raise UserError(f"the {tower} tower has {blocks} blocks, ViT-L has 24; choose a model of at most {DEEPEST}")
     if grid == 0 or grid**2 != len(positions) - 1:
         raise UserError(f"{len(positions)} positions of the image tower are not a square grid and a class token")
     return shape
@@ -215,10 +221,10 @@ def activation_of(path: Path, form: str, layout: Layout, metadata: Mapping[str, 
                 towers = [described.get(tower) or {} for tower in ("text_config", "vision_config")]
                 stated = {tower.get("hidden_act", "quick_gelu") for tower in towers}
             else:
-                stated = {"quick_gelu" if described["model_cfg"].get("quick_gelu") else "gelu"}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+                stated = {{True: "quick_gelu", False: "gelu"}[described["model_cfg"].get("quick_gelu", False)]}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{beside.name} beside it does not describe a CLIP; mend or remove it") from None
     for activation in ("quick_gelu", "gelu"):
         if stated == {activation}:
             return activation, told
-    raise UserError(f"activation {' and '.join(sorted(map(str, stated)))} is not known here, only quick_gelu and gelu")
+    raise UserError(f"activation {' and '.join(sorted(map(repr, stated)))} is not known here, only quick_gelu and gelu")
