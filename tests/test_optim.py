@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from common.errors import UserError
 from common.optim import build_optimizers
+from common.optimizers import bert_adam as bert_adam_file
 from common.optimizers.base import scheduled_factor
 from common.optimizers.bert_adam import BertAdam, BertAdamConfig, ClippedBertAdamConfig
 from common.optimizers.torch_optimizers import SGD, Adam, AdamW
@@ -143,6 +144,23 @@ def test_equals_a_plain_loop_over_tensors() -> None:
         plain_bert_adam(plain, [0.01] * 5 + [0.1] * 7, state, 30)
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_portions_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that are cut, several that go together, and one that is not stored in one piece, so it cannot be cut."""
+    shapes = [(33, 65), (3,), (5, 7), (64,), (129,)]
+    results = []
+    for size in (1 << 16, 64):
+        monkeypatch.setattr(bert_adam_file, "_NUMBERS_OF_A_CORE", size)
+        generator = torch.Generator().manual_seed(1)
+        parameters = [Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        parameters.append(Parameter(torch.randn(40, 30, generator=generator).T))
+        optimizer = BertAdam.build({"head": parameters}, bert_adam({"head": 1e-2}), 10)
+        for step in range(3):
+            give_gradients(parameters, step)
+            optimizer.step()
+        results.append([*parameters, *(parameter.grad for parameter in parameters)])
+    assert all(torch.equal(whole, cut) for whole, cut in zip(*results, strict=True))
 
 
 def test_tensors_of_several_dtypes_in_one_group() -> None:

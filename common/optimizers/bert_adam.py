@@ -1,8 +1,8 @@
 """BertAdam exactly as CLIP hashing uses it, and the same after clipping all gradients together."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ from common.optimizers.base import (
     torch_groups,
 )
 from common.registry import OPTIMIZERS
+
+_NUMBERS_OF_A_CORE = 1 << 16  # that one core updates at a time; with their state they stay in its cache
 
 
 class BertAdamConfig(ScheduledConfig):
@@ -137,29 +139,19 @@ class BertAdam(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One update of tensors of one device and dtype; a few fused calls however many tensors there are."""
+        """One update of tensors of one device and dtype."""
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         states = [self._state_of(parameter) for parameter in parameters]
-        means = [state["exp_avg"] for state in states]
-        squares = [state["exp_avg_sq"] for state in states]
-        rates = [_rate(group, state["step"]) for state in states]
-
+        scales: Sequence[Tensor | None] = [None] * len(parameters)
         if group["max_grad_norm"] > 0:
             norms = torch.stack(torch._foreach_norm(gradients))
-            scales = (group["max_grad_norm"] / (norms + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, list(scales.unbind()))
-        torch._foreach_mul_(means, group["b1"])
-        torch._foreach_add_(means, gradients, alpha=1 - group["b1"])
-        torch._foreach_mul_(squares, group["b2"])
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - group["b2"])
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(means, roots)
-        if group["weight_decay"] > 0:
-            # Added to the update: p (1 - lr decay) would lose the decay to rounding at a rate of 1e-6.
-            torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
-        torch._foreach_mul_(updates, rates)
-        torch._foreach_sub_(parameters, list(updates))
+            scales = (group["max_grad_norm"] / (norms + 1e-6)).clamp(max=1.0).unbind()
+        pieces = [
+            _Piece(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], _rate(group, state["step"]), scale)
+            for parameter, gradient, state, scale in zip(parameters, gradients, states, scales, strict=True)
+        ]
+        for some in _in_cache(pieces) if parameters[0].device.type == "cpu" else [pieces]:
+            _update_together(some, group)
         for state in states:
             state["step"] += 1
 
@@ -182,6 +174,69 @@ class BertAdam(torch.optim.Optimizer):
                     return [0.0]
                 rates.append(_rate(group, self.state[parameter]["step"]))
         return rates
+
+
+class _Piece(NamedTuple):
+    """A tensor, or a part of one, with what its update needs.
+
+    Attributes:
+        parameter: Any shape.
+        gradient: Of the same shape, as the others.
+        mean: Of its gradients.
+        square: Mean of its squared gradients.
+        rate: Learning rate.
+        scale: Factor that clips the gradient, []; None where nothing is clipped.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    mean: Tensor
+    square: Tensor
+    rate: float
+    scale: Tensor | None
+
+    def parts(self, size: int) -> Iterator["_Piece"]:
+        """The same in parts of at most so many numbers, where it is stored in one piece."""
+        tensors = self[:4]
+        if self.parameter.numel() <= size or not all(tensor.is_contiguous() for tensor in tensors):
+            yield self
+            return
+        for parameter, gradient, mean, square in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
+            yield _Piece(parameter, gradient, mean, square, self.rate, self.scale)
+
+
+def _in_cache(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """The pieces in portions that the caches of a CPU hold, since an update passes over every number eleven times."""
+    size = _NUMBERS_OF_A_CORE * torch.get_num_threads()
+    portion: list[_Piece] = []
+    filled = 0
+    for piece in pieces:
+        for part in piece.parts(size):
+            if portion and filled + part.parameter.numel() > size:
+                yield portion
+                portion, filled = [], 0
+            portion.append(part)
+            filled += part.parameter.numel()
+    yield portion
+
+
+def _update_together(pieces: Iterable[_Piece], group: Mapping[str, Any]) -> None:
+    """One update in a few fused calls, however many tensors there are."""
+    parameters, gradients, means, squares, rates, scales = (list(each) for each in zip(*pieces, strict=True))
+    if scales[0] is not None:
+        torch._foreach_mul_(gradients, scales)
+    torch._foreach_mul_(means, group["b1"])
+    torch._foreach_add_(means, gradients, alpha=1 - group["b1"])
+    torch._foreach_mul_(squares, group["b2"])
+    torch._foreach_addcmul_(squares, gradients, gradients, 1 - group["b2"])
+    updates = torch._foreach_sqrt(squares)
+    torch._foreach_add_(updates, group["eps"])
+    updates = torch._foreach_div(means, updates)
+    if group["weight_decay"] > 0:
+        # Added to the update: p (1 - lr decay) would lose the decay to rounding at a rate of 1e-6.
+        torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+    torch._foreach_mul_(updates, rates)
+    torch._foreach_sub_(parameters, list(updates))
 
 
 def _rate(group: Mapping[str, Any], step: int) -> float:

@@ -10,6 +10,7 @@ https://arxiv.org/abs/2103.00020. Authors' code: https://github.com/openai/CLIP 
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
+from common.losses import full_precision
 from common.types import ClipShape
 
 HEAD_WIDTH = 64  # of every CLIP that OpenAI released
@@ -71,8 +73,16 @@ class Attention(nn.Module):
             [B, L, W].
         """
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = rearrange(projected, "B L (three heads w) -> three B heads L w", three=3, heads=self.heads)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        # In bf16, torch's attention for a CPU takes three times as long as in float32.
+        slow = projected.dtype == torch.bfloat16 and projected.device.type == "cpu"
+        with full_precision(projected.device) if slow else nullcontext():
+            query, key, value = rearrange(
+                projected.float() if slow else projected,
+                "B L (three heads w) -> three B heads L w",
+                three=3,
+                heads=self.heads,
+            )
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         out: Tensor = self.out_proj(rearrange(mixed, "B heads L w -> B L (heads w)"))
         return out
 
@@ -165,11 +175,20 @@ class ImageTower(nn.Module):
                 f"pictures of {image.shape[-2]} x {image.shape[-1]} pixels for a CLIP of {self.image_size}: "
                 f"set the data set's image size to {self.image_size}, or choose a backbone of that size"
             )
-        patches = rearrange(self.conv1(image), "B W rows columns -> B (rows columns) W")
+        patches = self._embed(image)
         start = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([start, patches], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
         return x
+
+    def _embed(self, image: Tensor) -> Tensor:
+        """Pictures [B, 3, R, R] -> patches [B, P, W]."""
+        if not torch.is_autocast_enabled(image.device.type):
+            return rearrange(self.conv1(image), "B W rows columns -> B (rows columns) W")
+        # As a matrix product: torch has no fast backward pass of a convolution in bf16 for a CPU.
+        side = self.conv1.kernel_size[0]
+        pixels = rearrange(image, "B c (rows p) (columns q) -> B (rows columns) (c p q)", p=side, q=side)
+        return F.linear(pixels, self.conv1.weight.flatten(1))
 
     def project(self, x: Tensor) -> Tensor:
         """Last normalisation and projection of tokens [..., W] into the joint space, [..., E]."""
