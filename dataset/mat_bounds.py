@@ -19,6 +19,14 @@ _DIMENSIONS = 32  # SciPy reads no more
 _PIECE = 2**16  # bytes of a file read at a time
 
 
+def objects_error(place: str) -> UserError:
+    """What is said of objects of MATLAB's classes: how they are stored is published nowhere."""
+    return UserError(
+        f"{place} holds an object of MATLAB (a string in double quotes, a table, a date), which only MATLAB can read; "
+        "save there cellstr(...) of texts and double(...) of numbers"
+    )
+
+
 class Room:
     """Bytes that the values of a file may still take.
 
@@ -86,7 +94,7 @@ def require_honest(path: Path) -> None:
         path: A .mat file before v7.3.
 
     Raises:
-        UserError: If it holds or claims more than `Room` has.
+        UserError: If it holds or claims more than `Room` has, or a variable is an object of MATLAB's.
         ValueError: If it is damaged.
     """
     room = Room(path)
@@ -120,6 +128,7 @@ def _count_elements(stream: IO[bytes], order: str, room: Room, end: int | None) 
         end: Where the variable ends; None for the end of the stream.
     """
     cells = 0  # of the matrix at hand, where it has named fields
+    outermost = True
     while (end is None or stream.tell() < end) and len(tag := stream.read(8)) == 8:
         room.take(_ARRAY)
         kind, size = struct.unpack(f"{order}II", tag)
@@ -133,6 +142,9 @@ def _count_elements(stream: IO[bytes], order: str, room: Room, end: int | None) 
             if len(flags) < 16:
                 return
             kind = struct.unpack(f"{order}I", flags[8:12])[0] & 0xFF
+            if kind == _OPAQUE and outermost:  # SciPy lists no variable of such a file
+                raise objects_error(str(room.path))
+            outermost = False
             if kind == _OPAQUE:
                 continue
             declared = abs(math.prod(_dimensions(stream, order))) * _ROOM_OF_CLASS.get(kind, 0)

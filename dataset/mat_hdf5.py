@@ -13,15 +13,17 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+import scipy  # loads its parts where they are first used
 
 from common.errors import UserError
-from dataset.mat_bounds import FLOOR, Room
+from dataset.mat_bounds import FLOOR, Room, objects_error
 from dataset.pictures.reading import Pictures, PictureVolume
 from utils.progress import progress
 
 Array = npt.NDArray[Any]
 
 _CELL = 1024  # bytes that a cell is counted as at least: an object of Python, and the time to open it
+_OBJECT = 3  # `MATLAB_object_decode` of strings, tables and other objects of classes
 _VALUES = 4096  # strings read at a time, at most
 
 
@@ -50,10 +52,8 @@ def read_value(file: h5py.File, path: Path, key: str, text: bool) -> Array | Pic
         UserError: If it is of a kind that is not read, lies in another file, or asks for too much memory.
     """
     data = file[key]
-    if not isinstance(data, h5py.Dataset):
-        raise UserError(f"{path} ({key}) is a structure, not an array; save it as a plain or cell array")
     room = Room(path)
-    if data.ndim != 4:
+    if not isinstance(data, h5py.Dataset) or data.ndim != 4:
         return _value_of(file, data, text, room)
     number_first = data.shape[1] == 3
     if data.dtype != np.uint8 or not (number_first or data.shape[0] == 3):
@@ -72,7 +72,14 @@ def _admit(file: h5py.File, data: h5py.Dataset, room: Room) -> None:
     room.take(size * data.dtype.itemsize + _CELL)
 
 
-def _value_of(file: h5py.File, data: h5py.Dataset, text: bool, room: Room) -> Array:
+def _value_of(file: h5py.File, data: h5py.Dataset | h5py.Group, text: bool, room: Room) -> Array:
+    if data.attrs.get("MATLAB_object_decode", 0) == _OBJECT:
+        raise objects_error(f"{room.path} ({data.name.removeprefix('/')})")
+    if not isinstance(data, h5py.Dataset):
+        if "MATLAB_sparse" in data.attrs:
+            return _sparse_of(file, data, room)
+        name = data.name.removeprefix("/")
+        raise UserError(f"{room.path} ({name}) is a structure, not an array; save it as a plain or cell array")
     kind = data.attrs.get("MATLAB_class", b"")
     kind = kind.decode() if isinstance(kind, bytes) else str(kind)
     if data.attrs.get("MATLAB_empty", 0):
@@ -92,6 +99,20 @@ def _value_of(file: h5py.File, data: h5py.Dataset, text: bool, room: Room) -> Ar
     if kind == "char" or (text and not kind and value.dtype in (np.uint16, np.uint32)):
         return _characters(_unrolled(value, data.attrs))
     return value
+
+
+def _sparse_of(file: h5py.File, group: h5py.Group, room: Room) -> Array:
+    """A sparse matrix in full: `jc` says where in `ir` (rows) and `data` (values) each column begins."""
+    parts = {name: group[name] for name in ("data", "ir", "jc") if name in group}  # of zeros alone: `jc`
+    for part in parts.values():
+        _admit(file, part, room)
+    shape = int(group.attrs["MATLAB_sparse"]), len(parts["jc"]) - 1
+    values = parts["data"][()] if "data" in parts else np.zeros(0)
+    rows = parts["ir"][()] if "ir" in parts else np.zeros(0)
+    room.take(math.prod(shape) * values.dtype.itemsize)
+    matrix = scipy.sparse.csc_matrix((values, rows.astype(np.int64), parts["jc"][()].astype(np.int64)), shape)
+    matrix.check_format()
+    return np.asarray(matrix.toarray())
 
 
 def _strings_of(data: h5py.Dataset, room: Room) -> Array:

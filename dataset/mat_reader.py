@@ -18,7 +18,7 @@ import numpy.typing as npt
 import scipy  # loads its parts where they are first used: reading a configuration waits for none
 
 from common.errors import UserError
-from dataset.mat_bounds import Room, require_honest
+from dataset.mat_bounds import Room, objects_error, require_honest
 from dataset.mat_hdf5 import read_value, variables
 from dataset.pictures.reading import PictureArray, Pictures
 
@@ -93,6 +93,8 @@ def read_variable(path: Path, keys: Sequence[str], *, text: bool = False) -> Var
         shape, kind = listed[key]
         Room(path).take(math.prod(shape) * _ITEM.get(kind, 8))
         value = scipy.io.loadmat(path, variable_names=[key])[key]
+        if value.dtype == object and any(isinstance(cell, scipy.io.matlab.MatlabOpaque) for cell in value.flat):
+            raise objects_error(f"{path} ({key})")
         return Variable(path, key, _pictures_or(value.toarray() if scipy.sparse.issparse(value) else value, path))
 
 

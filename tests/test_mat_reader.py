@@ -31,6 +31,52 @@ def test_a_single_item_is_told_by_dtype(items, tmp_path):
         assert text_rows(read_variable(path, ["caption"], text=True).value, items) == expected
 
 
+@pytest.mark.parametrize("filled", [True, False])
+def test_sparse_matrices_of_every_version(filled, tmp_path):
+    dense = np.zeros((5, 3)) if not filled else np.array([[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0.5]])
+    matrix = scipy.sparse.csc_matrix(dense)
+    scipy.io.savemat(tmp_path / "old.mat", {"label": matrix})
+    with h5py.File(tmp_path / "new.mat", "w", userblock_size=512) as file:
+        group = file.create_group("label")
+        group.attrs.update(MATLAB_class=np.bytes_("double"), MATLAB_sparse=np.uint64(5))
+        group["jc"] = matrix.indptr.astype(np.uint64)
+        if filled:
+            group["data"], group["ir"] = matrix.data, matrix.indices.astype(np.uint64)
+    for name in ("old.mat", "new.mat"):
+        assert np.array_equal(read_variable(tmp_path / name, ["label"]).value, dense)
+
+
+def write_object(path: Path, name: bytes, in_cell: bool) -> None:
+    """A MATLAB 5 file as MATLAB writes it for a string in double quotes, alone or in a cell."""
+
+    def element(kind: int, content: bytes) -> bytes:
+        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
+    def matrix(cls: int, *parts: bytes) -> bytes:
+        return element(14, element(6, struct.pack("<II", cls, 0)) + b"".join(parts))
+
+    reference = matrix(13, element(5, struct.pack("<ii", 1, 1)), element(1, b""), element(6, bytes(4)))
+    value = element(1, b"MCOS") + element(1, b"string") + reference
+    if in_cell:
+        whole = matrix(1, element(5, struct.pack("<ii", 1, 1)), element(1, name), matrix(17, element(1, b""), value))
+    else:
+        whole = matrix(17, element(1, name), value)
+    path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x0100, b"IM") + whole)
+
+
+@pytest.mark.parametrize("stored", ["string", "strings in a cell", "string, v7.3"])
+def test_objects_of_matlab_are_refused_with_what_to_do(stored, tmp_path):
+    path = tmp_path / "caption.mat"
+    if stored == "string, v7.3":
+        with h5py.File(path, "w", userblock_size=512) as file:
+            file["caption"] = np.array([[0xDD000000, 2, 1, 1, 1, 1]], np.uint32)
+            file["caption"].attrs.update(MATLAB_class=np.bytes_("string"), MATLAB_object_decode=np.int32(3))
+    else:
+        write_object(path, b"caption", in_cell=stored == "strings in a cell")
+    with pytest.raises(UserError, match=r"caption\.mat.* holds an object of MATLAB .*; save there cellstr"):
+        read_variable(path, ["caption"], text=True)
+
+
 def bomb(path: Path, kind: str) -> None:
     """A small file that asks for much memory, or for another file."""
     if kind == "compressed":  # 384 MiB of zeros
@@ -60,6 +106,9 @@ def bomb(path: Path, kind: str) -> None:
                 file.create_dataset("label", (10**9, 10**9), "f8", chunks=(64, 64))
             elif kind == "chunk":
                 file.create_dataset("label", (4, 4), "u1", chunks=(30_000, 30_000), maxshape=(None, None))
+            elif kind == "sparse, v7.3":
+                file["label/jc"] = np.zeros(60_001, np.uint64)
+                file["label"].attrs["MATLAB_sparse"] = np.uint64(60_000)
             elif kind == "external":
                 file.create_dataset("label", (4, 4), "u1", external=[("/etc/passwd", 0, 16)])
             elif kind == "strings":  # one of a mebibyte, a thousand times
@@ -80,7 +129,7 @@ def bomb(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("sparse", "declared", "chunk", "cells", "external", "compressed", "strings"),
+        *("sparse", "sparse, v7.3", "declared", "chunk", "cells", "external", "compressed", "strings"),
         *("nested characters", "nested cells", "nested fields", "nested characters, packed", "nested cells, packed"),
     ],
 )
