@@ -9,6 +9,7 @@ the same one are variants of one thing, which the split keeps together).
 
 import logging
 import os
+import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from common.registry import DATASETS, near_names
 from dataset.base import SPLITS, Contents, PairedConfig, PairedDataset, Split
 from dataset.columns import CaptionColumn
 from dataset.manifest_rows import ManifestRow, read_manifest
-from dataset.pictures.reading import PictureFiles
+from dataset.pictures.reading import PictureFiles, list_folder, spellings
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_lines
 from utils.progress import progress
@@ -91,12 +92,11 @@ class ManifestDataset(PairedDataset):
         fixed = None if config.label_names is None else _label_names(Path(config.label_names))
         numbers = {} if fixed is None else {name: number for number, name in enumerate(fixed)}
         rows = _read(path, root, numbers, fixed is not None)
-        _require_pictures(path, root, rows)
+        pictures = PictureFiles(_find_pictures(path, root, rows), str(path))
         self._image_captions = _image_captions(path, rows)
         labels = _multi_hot(rows, len(numbers))
         if not labels.shape[1]:
             log.info("%s names no labels: for unsupervised methods, measured by pair retrieval (evaluate.pairs)", path)
-        pictures = PictureFiles([os.path.join(root, name) for name in rows.names], str(path))
         return Contents(
             names=rows.names,
             pictures=pictures,
@@ -175,29 +175,36 @@ def _word(path: Path, row: ManifestRow, column: str) -> str | None:
 
 
 def _label_names(path: Path) -> list[str]:
-    names = read_lines(path)
+    names = [unicodedata.normalize("NFC", name) for name in read_lines(path)]
     if len(set(names)) < len(names) or "" in names:
         raise UserError(f"{path} (dataset.label_names) must name every label once, one a line, none empty")
     return names
 
 
-def _require_pictures(path: Path, root: str, rows: _Rows) -> None:
-    """One listing of every folder instead of a look at every file."""
-    folders: dict[str, frozenset[str]] = {}
+def _find_pictures(path: Path, root: str, rows: _Rows) -> list[str]:
+    """Paths of the pictures; one listing of every folder instead of a look at every file."""
+    folders: dict[str, tuple[str, frozenset[str]]] = {}  # as the manifest writes it -> where it is, names in it
+    found: list[str] = []
     missing: list[int] = []
     for number, name in enumerate(rows.names):
         folder, _, file = name.rpartition("/")
         if folder not in folders:
-            place = os.path.join(root, folder)
-            folders[folder] = frozenset(os.listdir(place)) if os.path.isdir(place) else frozenset()
-        if file not in folders[folder]:
+            places = (os.path.join(root, spelt) for spelt in spellings(folder))
+            place = next(filter(os.path.isdir, places), None)
+            folders[folder] = ("", frozenset()) if place is None else (place, frozenset(list_folder(place)))
+        place, names = folders[folder]
+        spelt = next((spelt for spelt in spellings(file) if spelt in names), None)
+        if spelt is None:
             missing.append(number)
+        else:
+            found.append(os.path.join(place, spelt))
     if missing:
         first = missing[0]
         raise UserError(
             f"{path}, line {rows.lines[first]}: picture {rows.names[first]!r} is not under {root}; {len(missing)} of "
             f"{len(rows.names)} pictures are missing: fetch them, or set dataset.image_root to their folder"
         )
+    return found
 
 
 def _image_captions(path: Path, rows: _Rows) -> Sequence[Sequence[str]] | None:

@@ -9,6 +9,7 @@ metadata. In a CSV file several texts or labels stand in one cell, with `|` betw
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,7 @@ class _Reader:
         return place
 
     def _names(self, line: int, entry: dict[str, Any], column: str) -> tuple[str, ...]:
-        """Strings of a column, blank ones left out; class numbers as their digits."""
+        """Strings of a column, blank ones left out; labels in one normal form, class numbers as their digits."""
         value = entry.pop(column, None)
         values = [] if value is None else value if isinstance(value, list) else [value]
         numbers = column == "labels"
@@ -119,7 +120,8 @@ class _Reader:
             if not isinstance(part, str) and not (numbers and isinstance(part, int) and not isinstance(part, bool)):
                 kind = "a label: a name or a class number" if numbers else "a text"
                 _refuse(self.path, line, f"{column} holds {_short(part)}, which is not {kind}")
-        return tuple(name for name in (str(part).strip() for part in values) if name)
+        names = (str(part).strip() for part in values)
+        return tuple(unicodedata.normalize("NFC", name) if numbers else name for name in names if name)
 
 
 def _json_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

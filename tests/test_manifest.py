@@ -4,14 +4,16 @@ import json
 import re
 import resource
 import time
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
 
 from common.config import load_dataset
 from common.errors import UserError
+from dataset.columns import WordColumn
 from dataset.manifest import ManifestDataset
 from runners.comparison import RunFolder
 from runners.tables import write_summary
@@ -19,6 +21,7 @@ from tests import datasets
 from tests.commands import ROOT, refused, run
 from tests.processes import Forked
 
+Form = Literal["NFC", "NFD"]  # of Unicode
 WORDS = ("cat", "dog", "sofa")
 
 
@@ -154,6 +157,34 @@ def test_without_labels_pairs_are_what_is_measured(tmp_path: Path, tiny_override
         "evaluate.pairs=true",
     )
     assert "has no 'labels' for the train split" in line and "choose an unsupervised method" in line
+
+
+@pytest.mark.parametrize(("written_as", "stored_as"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_normal_forms_of_unicode_are_one(tmp_path: Path, written_as: Form, stored_as: Form) -> None:
+    def name(number: int, form: Form) -> str:
+        return unicodedata.normalize(form, f"café/é{number}.png")
+
+    pictures(tmp_path, 18)
+    (tmp_path / name(0, stored_as)).parent.mkdir()
+    for number in range(18):
+        (tmp_path / f"{number}.png").rename(tmp_path / name(number, stored_as))
+    both: tuple[Form, Form] = ("NFC", "NFD")
+    data = opened(
+        written(
+            tmp_path / "m.jsonl",
+            rows_of(
+                18,
+                image=lambda number: name(number, written_as),
+                labels=lambda number: unicodedata.normalize(both[number % 2], "café"),
+                texts=lambda number: [unicodedata.normalize(both[number % 2], "un café, une auto")],
+            ),
+        ),
+        "dataset.vocabulary=4",
+    )
+    assert data.pictures.read(3).size == (30, 24) and data.label_names == ["café"]
+    column = data.columns["train"]["bag_of_words"]
+    assert isinstance(column, WordColumn)
+    assert sorted(column.words.vocabulary) == ["auto", "café", "un", "une"]
 
 
 @pytest.mark.parametrize(

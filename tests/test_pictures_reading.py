@@ -1,6 +1,7 @@
 """Picture files: paths of other machines, modes, and every broken file with its message."""
 
 import io
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_longest_ending_wins_and_nothing_outside_the_root_is_read(tmp_path):
     assert resolve_paths([str(root / "other/2.png")], Path("/"), "index") == [str(root / "other/2.png")]
     with pytest.raises(UserError, match=r"'p/1.png' and 'q/1.png' both lead to .*image_root"):
         resolve_paths(["p/1.png", "q/1.png"], root, "index")
+
+
+@pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_the_other_normal_form_are_found(tmp_path, written, stored):
+    places = [tmp_path / unicodedata.normalize(stored, name) for name in ("café/é.png", "plain/ü.png", "ö.png")]
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
+    index = [unicodedata.normalize(written, name) for name in ("/them/café/é.png", "plain/ü.png", "ö.png")]
+    assert resolve_paths(index, tmp_path, "index") == [str(place) for place in places]
 
 
 def test_modes_become_rgb_and_exif_is_left(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -317,7 +318,9 @@ def resolve_paths(index: Sequence[str], root: Path, place: str, remedy: str = FI
         folder, name = re.fullmatch(r"(.*?)([^/\\]*)", entry, re.DOTALL).groups()  # type: ignore[union-attr]
         if folder not in folders:
             folders[folder] = list(_candidates(folder, root))
-        path = next((os.path.join(there, name) for there in folders[folder] if name in _names(there)), None)
+        names = spellings(name)
+        places = ((there, spelt) for there in folders[folder] for spelt in names if spelt in _names(there))
+        path = next((os.path.join(there, spelt) for there, spelt in places), None)
         if path is None:
             missing.append(row)
             continue
@@ -342,13 +345,30 @@ def _candidates(folder: str, root: Path) -> Iterator[str]:
     """Folders that exist and may stand for `folder`."""
     parts = [part for part in re.split(r"[/\\]+", folder) if part not in ("", ".", "..")]
     for start in range(len(parts) + 1):
-        candidate = os.path.join(root, *parts[start:])
-        if os.path.isdir(candidate):
-            yield candidate
+        candidates = (os.path.join(root, spelt) for spelt in spellings("/".join(parts[start:])))
+        yield from filter(os.path.isdir, candidates)
+
+
+def spellings(path: str) -> list[str]:
+    """A path as it stands, then in the normal forms of Unicode: what comes from a Mac parts accents from letters."""
+    if path.isascii():
+        return [path]
+    return list(dict.fromkeys([path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]))
 
 
 @cache
 def _names(folder: str) -> frozenset[str]:
     """Names in a folder: one listing instead of a look at every file."""
-    with os.scandir(folder) as entries:
-        return frozenset(entry.name for entry in entries)
+    return frozenset(list_folder(folder))
+
+
+def list_folder(folder: str) -> list[str]:
+    """Names in a folder.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read ({error.strerror}); allow it to be read, or copy it") from None

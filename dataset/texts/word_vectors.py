@@ -2,6 +2,7 @@
 
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -76,7 +77,8 @@ class WordVectors:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    # A letter and an accent of its own would part the word
+    return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def word_vector(text: str, number: Mapping[str, int]) -> Tensor:
