@@ -6,7 +6,8 @@ codes = encoder.texts(["a red heart"])
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -21,9 +22,9 @@ from common.checkpoint import Checkpoint, load
 from common.codes import Codes
 from common.config import check_model
 from common.errors import UserError
-from common.registry import MODELS
+from common.registry import MODELS, near_names
 from common.types import Backbone, Batch, DataInfo
-from dataset.pictures.reading import as_rgb, opened
+from dataset.pictures.reading import as_rgb, decoded, opened
 from dataset.pictures.transforms import View, normalise, view_pixels
 from dataset.texts.tokenizer import tokenize
 from dataset.texts.word_vectors import word_vector
@@ -35,7 +36,7 @@ from utils.launch import pick_device
 from utils.progress import progress
 from utils.threads import in_threads
 
-# A path, a picture of Pillow, an array [H, W] or [H, W, 3], an open file, or what gives a picture when it is due
+# A path, a picture of Pillow, an array [H, W], [H, W, 3] or [H, W, 4], an open file, or what gives a picture when due
 Picture = str | Path | Image.Image | npt.NDArray[Any] | BinaryIO | Callable[[], Image.Image]
 Item = Mapping[str, Any]  # what an item has, by batch field: pictures, texts, rows of numbers
 
@@ -108,6 +109,8 @@ class Encoder:
         Raises:
             UserError: If the file cannot be used, or lacks what encoding needs.
         """
+        if not re.fullmatch(r"auto|cpu|cuda|\d+", str(device)):
+            raise UserError(f"device {device!r} is none of auto, cpu, cuda and the number of a GPU; name one of them")
         loaded = load(Path(path))
         encoding = encoding_of(loaded)
         config = check_model(loaded.meta["config"].get("model"), f"checkpoint {path}")
@@ -127,7 +130,7 @@ class Encoder:
             raise UserError(
                 f"checkpoint {path} gives codes of {', '.join(map(str, model.code_lengths))} bits, not of {bits}"
             )
-        return cls(model, encoding, config, loaded, pick_device(device, False), bits)
+        return cls(model, encoding, config, loaded, pick_device(str(device), False), bits)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -180,21 +183,33 @@ class Encoder:
         """
         size = self.batch_size
         waiting: list[dict[str, Tensor] | UserError] = []
-        good = 0
+        good: list[dict[str, Tensor]] = []
         chosen = ({field: item[name] for name, field in self.reads(kind, item).items()} for item in items)
-        for rows in in_threads(self.row, chosen, ahead=_AHEAD * size):
-            waiting.append(rows)
-            good += not isinstance(rows, UserError)
-            if good == size:
+        for row in in_threads(self.row, chosen, ahead=_AHEAD * size):
+            if not isinstance(row, UserError):
+                if good and row.keys() != good[0].keys():  # an optional field comes or goes
+                    yield from self._encode(kind, waiting)
+                    waiting, good = [], []
+                good.append(row)
+            waiting.append(row)
+            if len(good) == size:
                 yield from self._encode(kind, waiting)
-                waiting, good = [], 0
+                waiting, good = [], []
         yield from self._encode(kind, waiting)
 
     def _all(self, kind: Kind, things: Sequence[Any], more: Mapping[str, Sequence[Any]]) -> Codes:
-        short = next((name for name, values in more.items() if len(values) != len(things)), None)
-        if short is not None:
-            raise UserError(f"{len(more[short])} rows of {short} for {len(things)} {kind}s; give one for each")
         field = next((field for field in _STANDS_FOR[kind] if field in self.fields[kind]), kind)
+        known = {"text", *self.encoding.field_shapes}  # texts become a bag of words
+        things = _listed(f"{kind}s", things, field)
+        more = {name: _listed(name, values, name) for name, values in more.items()}
+        for name, values in more.items():
+            if name not in known:
+                near = near_names(name, sorted(known))
+                raise UserError(f"there is no field {name!r} here, only {', '.join(sorted(known))}{near}")
+            if name == field:
+                raise UserError(f"{name} is given twice; leave out {name}=")
+            if len(values) != len(things):
+                raise UserError(f"{len(values)} rows of {name} for {len(things)} {kind}s; give one for each")
         if field == "bag_of_words" and all(isinstance(thing, str) for thing in things):
             field = "text"
         items = (
@@ -262,6 +277,8 @@ class Encoder:
         if field in PICTURES:
             return view_pixels(read_picture(value), View[self.encoding.view], shape[-1], None)
         if field in TEXTS:
+            if not isinstance(value, str):
+                raise UserError(f"a text is a string, not a {type(value).__name__}; leave it out")
             return tokenize([value], shape[0], self.encoding.tokens)[0]
         if field == "bag_of_words" and isinstance(value, str):
             return word_vector(value, self._number)
@@ -274,6 +291,8 @@ class Encoder:
             ) from None
         if tuple(row.shape) != tuple(shape):
             raise UserError(f"{self.name}: a row of {field} has the shape {list(shape)}, not {list(row.shape)}")
+        if not bool(row.isfinite().all()):
+            raise UserError(f"{self.name}: a row of {field} holds NaN or infinity, whose code would mean nothing")
         return row
 
     def _encode(
@@ -301,20 +320,48 @@ def read_picture(picture: Picture, pixels: int | None = None) -> Image.Image:
     Raises:
         UserError: If it cannot be read.
     """
-    if isinstance(picture, Image.Image):
-        return as_rgb(picture)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise UserError(
-                f"a picture as an array is [H, W] or [H, W, 3] uint8, not {list(picture.shape)} {picture.dtype}"
-            )
-        return Image.fromarray(picture).convert("RGB")
     if isinstance(picture, str | os.PathLike):
-        source: str | BinaryIO = str(picture)
+        source: Any = str(picture)
         name = f"picture {picture}"
-    elif callable(picture):
-        return as_rgb(picture())
-    else:
+    elif hasattr(picture, "read"):
         source, name = picture, "the picture"
+    else:
+        return decoded(_in_memory(picture))
     with opened(source, name, found="name one that is there", instead="leave it out", pixels=pixels) as image:
         return as_rgb(image)
+
+
+def _in_memory(picture: Any) -> Image.Image:
+    """A picture of Pillow, of an array, or of a function, of any mode; perhaps not decoded yet."""
+    if isinstance(picture, np.ndarray):
+        shape = picture.shape
+        flat, coloured = len(shape) == 2, len(shape) == 3 and shape[-1] in (3, 4)
+        if picture.dtype != np.uint8 or 0 in shape or not (flat or coloured):
+            raise UserError(
+                f"a picture as an array is [H, W], [H, W, 3] or [H, W, 4] uint8, no side 0, not {list(shape)} "
+                f"{picture.dtype}"
+            )
+        return Image.fromarray(picture)
+    made = picture() if callable(picture) else picture
+    if not isinstance(made, Image.Image):
+        raise UserError(
+            "a picture is a path, one of Pillow's, an array, an open file, or a function that gives one of Pillow's, "
+            f"not a {type(made).__name__}; leave it out"
+        )
+    return made
+
+
+def _listed(name: str, things: Iterable[Any], field: str) -> list[Any]:
+    """Things in a list, whatever holds them; `field` is what they are.
+
+    Raises:
+        UserError: If it is one thing, whose letters or rows would pass for things themselves, or has no order.
+    """
+    one = isinstance(things, str | bytes | os.PathLike | Image.Image | Mapping | Set) or not isinstance(
+        things, Iterable
+    )
+    if isinstance(things, np.ndarray) and field in PICTURES:
+        one = things.ndim < 3 or (things.ndim == 3 and things.shape[-1] in (3, 4))
+    if one:
+        raise UserError(f"{name} takes a list, not a {type(things).__name__}; one alone goes into a list, too")
+    return list(things)

@@ -130,7 +130,7 @@ def test_what_is_refused(trained: tuple[Encoder, list[str]], tmp_path: Path, tin
     encoder, paths = trained
     with pytest.raises(UserError, match="1 rows of labels for 2 images; give one for each"):
         encoder.images(paths[:2], labels=["x"])
-    with pytest.raises(UserError, match=r"array is \[H, W\] or \[H, W, 3\] uint8, not \[2, 2\] float64"):
+    with pytest.raises(UserError, match=r"uint8, no side 0, not \[2, 2\] float64"):
         encoder.images([np.zeros((2, 2))])
     with pytest.raises(UserError, match="gives codes of 16 bits, not of 32"):
         Encoder.load(encoder.name.rpartition(" of ")[2], bits=32)
@@ -138,6 +138,81 @@ def test_what_is_refused(trained: tuple[Encoder, list[str]], tmp_path: Path, tin
     saved(configured("UCMFH", tiny_overrides, "model.missing=paired"), paired)
     with pytest.raises(UserError, match="text codes are made from image and text, and there is no image here"):
         Encoder.load(paired, device="cpu").texts(["a red heart"])
+
+
+def test_one_thing_is_not_several(trained: tuple[Encoder, list[str]]) -> None:
+    """The letters of one text, or the rows of one picture, would get codes, too."""
+    encoder, paths = trained
+    picture = Image.open(paths[0]).convert("RGB")
+    grey = np.array(picture.convert("L"))
+    for one in (paths[0], Path(paths[0]), picture, np.array(picture), grey, None, {"a": paths[0]}, set(paths[:2])):
+        with pytest.raises(UserError, match=f"images takes a list, not a {type(one).__name__}; one alone"):
+            encoder.images(one)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="texts takes a list, not a str; one alone"):
+        encoder.texts("a red heart")
+    stack = np.stack([np.array(picture)] * 2)
+    assert np.array_equal(encoder.images(stack).values, encoder.images(iter(stack)).values)  # type: ignore[arg-type]
+
+
+def test_things_that_are_no_picture_and_no_text(trained: tuple[Encoder, list[str]], tmp_path: Path) -> None:
+    encoder, paths = trained
+    whole = Path(paths[0]).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    closed = Image.open(paths[0])
+    closed.close()
+    arrays = [np.zeros(shape, np.uint8) for shape in ((3, 8, 8), (8, 8, 1), (8, 8, 2), (0, 8, 3), (8,), (1, 8, 8, 3))]
+    for thing, message in (
+        *((array, r"array is \[H, W\], \[H, W, 3\] or \[H, W, 4\] uint8, no side 0, not") for array in arrays),
+        (None, "a picture is a path, .*, not a NoneType"),
+        (whole, "a picture is a path, .*, not a bytes"),
+        (torch.zeros(8, 8, 3), "a picture is a path, .*, not a Tensor"),
+        (Image.new("RGB", (0, 8)), "the picture has no pixels; leave it out"),
+        (Image.open(tmp_path / "half.png"), "the picture is truncated or broken"),
+        (lambda: Image.open(tmp_path / "half.png"), "the picture is truncated or broken"),
+        (closed, "the picture is truncated or broken"),
+        (lambda: None, "a picture is a path, .*, not a NoneType"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder.images([thing])  # type: ignore[list-item]
+    for text in (None, 3, float("nan"), b"heart", ["a"]):
+        with pytest.raises(UserError, match=f"a text is a string, not a {type(text).__name__}"):
+            encoder.texts([text])
+
+
+def test_fields_beside(trained: tuple[Encoder, list[str]], tmp_path: Path, tiny_overrides: list[str]) -> None:
+    encoder, paths = trained
+    stored = tmp_path / "stored.pt"
+    with pytest.raises(UserError, match="there is no field 'capton' here, only image, labels, text"):
+        encoder.images(paths[:1], capton=["x"])
+    with pytest.raises(UserError, match="image is given twice"):
+        encoder.images(paths[:1], image=paths[1:2])
+    with pytest.raises(UserError, match="text takes a list, not a str; one alone"):
+        encoder.images(paths[:1], text="a")
+    with pytest.raises(UserError, match="device 'cuda:0' is none of auto, cpu, cuda and the number of a GPU"):
+        Encoder.load(stored, device="cuda:0")
+    saved(configured("CFRH", tiny_overrides), stored)
+    other = Encoder.load(stored, device="cpu")
+    with pytest.raises(UserError, match="a row of bag_of_words holds NaN or infinity"):
+        other.texts([np.full(other.encoding.field_shapes["bag_of_words"], np.nan)])
+
+
+def test_an_item_may_lack_what_another_has(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """In one stream: each gets the code that it gets alone."""
+    dataset, model, *_ = saved(configured("VTPH", tiny_overrides), tmp_path / "best.pt")
+    encoder = Encoder.load(tmp_path / "best.pt", device="cpu")
+    optional = sorted(model.optional_fields & encoder.fields["text"])
+    assert optional
+    has = {field: raw(dataset, "database", field)[0] for field in encoder.fields["text"]}
+    lacks = {field: value for field, value in has.items() if field not in optional}
+
+    def codes(*items: dict[str, Any]) -> list[Any]:
+        made = list(encoder.stream("text", items))
+        assert not any(isinstance(code, UserError) for code in made)
+        return [code.tolist() for code in made if not isinstance(code, UserError)]
+
+    (with_all,), (without,) = codes(has), codes(lacks)
+    assert with_all != without
+    assert codes(has, lacks, lacks, has, has) == [with_all, without, without, with_all, with_all]
 
 
 def test_checkpoints_that_do_not_say_how_they_encode(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -163,8 +163,24 @@ def opened(
             f"scale it down, or {instead}"
         ) from None
     except Exception as error:  # decoders of broken files raise whatever they stumble over
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is truncated or broken ({why}); fetch it again, or {instead}") from None
+        raise _broken_error(name, error, instead) from None
+
+
+def decoded(picture: Image.Image) -> Image.Image:
+    """A picture that the user has opened, as `as_rgb` gives it.
+
+    Raises:
+        UserError: As `as_rgb`; if it is broken or closed, which shows only now, or has no pixels.
+    """
+    try:
+        picture = as_rgb(picture)
+    except UserError:
+        raise
+    except Exception as error:  # as in `opened`
+        raise _broken_error("the picture", error, "leave it out") from None
+    if 0 in picture.size:
+        raise UserError("the picture has no pixels; leave it out")
+    return picture
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -183,6 +199,11 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 def _is_boundless(picture: Image.Image) -> bool:
     """Whether no one can know what is white: of PNG and PPM it is 65535, also where Pillow opens 16 bits as 32."""
     return picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM"))
+
+
+def _broken_error(name: str, error: Exception, instead: str) -> UserError:
+    why = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{name} is truncated or broken ({why}); fetch it again, or {instead}")
 
 
 def _boundless_error(name: str, instead: str) -> UserError:
