@@ -6,6 +6,7 @@ it (tokens, splits, loaders) is shared.
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dataset.texts.captions import Captions
 from dataset.texts.tokenizer import SMALLEST, VOCABULARY
 from dataset.texts.word_vectors import WordVectors
 
+log = logging.getLogger(__name__)
 Split = Literal["query", "train", "database", "validation"]
 SPLITS: tuple[Split, ...] = ("query", "train", "database", "validation")
 
@@ -345,6 +347,10 @@ class PairedDataset(ABC):
         self.pictures = contents.pictures
         self.labels = contents.labels
         self.label_names = contents.label_names
+        shared = next(iter(contents.labels.all(dim=0).nonzero().squeeze(1).tolist()), None)
+        if shared is not None:
+            name = shared if contents.label_names is None else contents.label_names[shared]
+            log.warning("every pair has the label %s, so all are relevant to all, and every mAP is 1", name)
         self.splits = make_splits(contents.labels, config.split, contents.families, contents.lists, contents.column)
         self.picture_shape = (3, config.image_size, config.image_size)
         self.columns: dict[Split, dict[str, Column]] = {}

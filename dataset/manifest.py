@@ -25,7 +25,7 @@ from common.places import DataPath
 from common.registry import DATASETS, near_names
 from dataset.base import SPLITS, Contents, PairedConfig, PairedDataset, Split
 from dataset.columns import CaptionColumn
-from dataset.manifest_rows import ManifestRow, read_manifest
+from dataset.manifest_rows import ManifestRow, misnamed, read_manifest
 from dataset.pictures.reading import PictureFiles, list_folder, spellings
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_lines
@@ -54,6 +54,7 @@ class _Rows:
     splits: list[str | None] = field(default_factory=list)
     captions: list[str | None] = field(default_factory=list)
     families: list[str | None] = field(default_factory=list)
+    others: dict[str, None] = field(default_factory=dict)  # names of further columns
 
 
 @DATASETS.register("manifest")
@@ -95,8 +96,16 @@ class ManifestDataset(PairedDataset):
         pictures = PictureFiles(_find_pictures(path, root, rows), str(path))
         self._image_captions = _image_captions(path, rows)
         labels = _multi_hot(rows, len(numbers))
+        if set(numbers) == {"0", "1"} and labels.all():
+            raise UserError(
+                f"{path} gives every row the labels 0 and 1, as if they were columns; write the names or the class "
+                "numbers of the labels that a row has"
+            )
         if not labels.shape[1]:
-            log.info("%s names no labels: for unsupervised methods, measured by pair retrieval (evaluate.pairs)", path)
+            log.info(
+                "%s names no labels%s: for unsupervised methods, measured by pair retrieval (evaluate.pairs)",
+                path, misnamed("labels", rows.others),
+            )  # fmt: skip
         return Contents(
             names=rows.names,
             pictures=pictures,
@@ -153,6 +162,7 @@ def _read(path: Path, root: str, numbers: dict[str, int], fixed: bool) -> _Rows:
                 _refuse(path, row.line, f"label {label!r} is not in dataset.label_names{near} add it there")
             rows.label_of.append(numbers.setdefault(label, len(numbers)) if number is None else number)
             rows.labelled.append(len(rows.names))
+        rows.others.update(dict.fromkeys(row.metadata))
         rows.lines.append(row.line)
         rows.names.append(name)
         rows.texts.append(row.texts)

@@ -2,13 +2,15 @@
 
     {"image": "cats/1.jpg", "texts": ["a cat", "a cat asleep"], "labels": ["cat", "sofa"], "year": 2019}
 
-Columns: `image`, a path from the manifest's folder; `text` or `texts`; `labels`, names or class numbers. All others are
-metadata. In a CSV file several texts or labels stand in one cell, with `|` between them. Rows are read one at a time.
+Columns: `image`, a path from the manifest's folder, with `/` or a backslash; `text` or `texts`; `labels`, names or
+class numbers. All others are metadata. In a CSV file several texts or labels stand in one cell, with `|` between them.
+Rows are read one at a time.
 """
 
 import csv
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +22,12 @@ from utils.files import is_utf8
 
 JSON_LINES, TABLES = (".jsonl", ".ndjson"), (".csv",)
 BETWEEN = "|"  # in a CSV cell with several texts or labels
+_MISNOMERS = {  # what other programs name the columns
+    "image": ("img", "image_path", "img_path", "path", "file", "file_name", "filename", "picture", "images"),
+    "text": ("caption", "captions", "sentence", "sentences", "description", "txt", "raw"),
+    "labels": ("label", "category", "categories", "class", "classes", "target", "targets"),
+}
+_LIST = re.compile(r"\[\s*(['\"])?.*\]", re.DOTALL)  # as Python and pandas write a list into a cell
 _LONGEST = 1 << 20  # bytes of a line, so that a file without line ends does not fill memory
 
 
@@ -96,7 +104,7 @@ class _Reader:
         present = {"image": image, "text": texts, "labels": row.labels}
         lacking = next((name for name in self.needs if not present[name]), None)
         if lacking is not None:
-            _refuse(self.path, line, f"has no {lacking}")
+            _refuse(self.path, line, f"has no {lacking}{misnamed(lacking, entry)}")
         if image is None and not texts:
             _refuse(self.path, line, "has neither image nor text")
         return row
@@ -106,7 +114,7 @@ class _Reader:
             return None
         if not isinstance(value, str) or "\0" in value:
             _refuse(self.path, line, f"image is {_short(value)}, not a path")
-        place = os.path.normpath(os.path.join(self.root, value))
+        place = os.path.normpath(os.path.join(self.root, value.replace("\\", "/")))
         if not place.startswith(self.inside):
             _refuse(self.path, line, f"image {_short(value)} leads out of {self.root}, so it is not read")
         return place
@@ -122,6 +130,12 @@ class _Reader:
                 _refuse(self.path, line, f"{column} holds {_short(part)}, which is not {kind}")
         names = (str(part).strip() for part in values)
         return tuple(unicodedata.normalize("NFC", name) if numbers else name for name in names if name)
+
+
+def misnamed(column: str, others: Collection[str]) -> str:
+    """Half a sentence on a column that seems to hold what `column` lacks; empty without one."""
+    found = next((name for name in others if name.strip().lower() in _MISNOMERS.get(column, ())), None)
+    return "" if found is None else f", but {found!r}: name that column {column}"
 
 
 def _json_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -156,8 +170,12 @@ def _table_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 _refuse(path, rows.line_num, f"has {len(cells)} cells, the heading {len(names)}")
             entry: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
             for several in ("texts", "labels"):
-                if several in entry:
-                    entry[several] = entry[several].split(BETWEEN)
+                cell = entry.get(several, "").strip()
+                listed = _LIST.fullmatch(cell)
+                if listed and (several == "labels" or listed[1]):
+                    _refuse(path, rows.line_num, f"{several} is {_short(cell)}; write a list as {BETWEEN.join('abc')}")
+                if cell:
+                    entry[several] = cell.split(BETWEEN)
             yield rows.line_num, entry
     except csv.Error as error:
         _refuse(path, rows.line_num, f"is not CSV ({error})")

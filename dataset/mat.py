@@ -4,6 +4,7 @@ Reads what the authors of DCMHT, DSPH, DNPH, MITH, VTPH and DCMH distribute, wit
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -23,6 +24,8 @@ from dataset.mat_reader import number_matrix, read_variable, text_rows
 from dataset.pictures.reading import JoinedPictures, PictureFiles, Pictures, resolve_paths
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_json_lines, read_lines
+
+log = logging.getLogger(__name__)
 
 INDEX_KEYS = ("index", "imgs", "FAll", "IAll")
 TOPIC_KEYS = ("T_tr", "T_te")
@@ -93,6 +96,13 @@ class MatDataset(PairedDataset):
         labels = _read_labels(labels_path, len(names))
         described = words if captions is None else captions
         _check_lengths({index_path: names, captions_path: described, labels_path: labels})
+        if captions is not None and not any(text for texts in captions for text in texts):
+            raise UserError(f"{captions_path} has no text for any of its {len(captions)} items; make it again")
+        if len(set(names)) < len(names):
+            log.warning(
+                "%s names %d pictures more than once: a query may find its own picture in the database",
+                index_path, len(names) - len(set(names)),
+            )  # fmt: skip
         if pictures is None:
             image_root = root if config.image_root is None else Path(config.image_root)
             pictures = PictureFiles(resolve_paths(names, image_root, str(index_path)), str(index_path))

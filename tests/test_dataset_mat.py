@@ -124,6 +124,15 @@ def test_labels_in_other_notations(root, caplog, name, write, said):
     assert said in caplog.text
 
 
+def test_what_is_said_of_a_picture_named_twice_and_of_no_text(root, caplog):
+    index = [f"images/{number}.png" for number in [0, *range(ITEMS - 1)]]
+    scipy.io.savemat(root / "index.mat", {"index": index})
+    datasets.opened(root)
+    assert "index.mat names 1 pictures more than once: a query may find its own picture" in caplog.text
+    scipy.io.savemat(root / "caption.mat", {"caption": np.array([" "] * ITEMS)})
+    refused(r"caption\.mat has no text for any of its 24 items", root)
+
+
 def test_labels_stored_the_other_way_round(root):
     scipy.io.savemat(root / "label.mat", {"LAll": datasets.labels_of().T})
     assert datasets.opened(root).labels.int().tolist() == datasets.labels_of().tolist()

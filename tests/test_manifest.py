@@ -198,6 +198,8 @@ def test_normal_forms_of_unicode_are_one(tmp_path: Path, written_as: Form, store
         ([{"image": "0.png", "text": "a", "family": [1]}], (), "line 1: family is [1], not a string"),
         ([{"image": "0.png", "text": "a", "labels": "catt"}], ("names",), "'catt' is not in dataset.label_names; did"),
         ([], (), "has no rows"),
+        ([{"image": "0.png", "caption": "a"}], (), "line 1: has no text, but 'caption': name that column text;"),
+        (rows_of(18, labels=lambda row: [row % 2, 1 - row % 2]), (), "gives every row the labels 0 and 1, as if"),
         (rows_of(15), (), "6 query and 10 train pairs, but there are 15"),
         (rows_of(18, image_caption=lambda number: "x" if number else None), (), "line 1: has no image_caption"),
         (rows_of(18), ("dataset.split.protocol=column",), "line 1: has no split"),
@@ -215,6 +217,15 @@ def test_what_is_refused(tmp_path: Path, rows: list[dict[str, Any]], settings: t
         opened(tmp_path / "m.csv")
     with pytest.raises(UserError, match=r"no.jsonl of data set manifest is not there; set dataset.file"):
         opened(tmp_path / "no.jsonl")
+
+
+def test_what_is_said_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    pictures(tmp_path, 18)
+    opened(written(tmp_path / "m.jsonl", rows_of(18, labels=lambda row: ["cat", f"{row % 2}"])))
+    assert "every pair has the label cat, so all are relevant to all" in caplog.text
+    opened(written(tmp_path / "m.jsonl", [row | {"Label": "x"} for row in rows_of(18, labels=lambda _: None)]))
+    assert "names no labels, but 'Label': name that column labels: for unsupervised methods" in caplog.text
 
 
 def read_a_million(path: Path) -> None:

@@ -53,11 +53,18 @@ def test_json_values_are_kept_and_class_numbers_are_names(tmp_path: Path) -> Non
 def test_paths_stay_under_the_root(tmp_path: Path) -> None:
     inside, root = tmp_path / "sub", tmp_path / "pictures"
     inside.mkdir()
-    for outside in ("../x.jpg", "/etc/passwd", "a/../../x.jpg", "../sub2/x.jpg", str(tmp_path / "x.jpg")):
+    for outside in (
+        "../x.jpg",
+        "/etc/passwd",
+        "a/../../x.jpg",
+        "../sub2/x.jpg",
+        "..\\\\x.jpg",
+        str(tmp_path / "x.jpg"),
+    ):
         path = written(inside, "m.jsonl", f'{{"text": "ok"}}\n{{"image": "{outside}"}}')
         with pytest.raises(UserError, match=r"m.jsonl, line 2: image .* leads out of .*sub, so it is not read"):
             list(read_manifest(path))
-    for value in ("x.jpg", str(root / "x.jpg"), "../pictures/x.jpg"):
+    for value in ("x.jpg", str(root / "x.jpg"), "../pictures/x.jpg", "a\\..\\x.jpg"):
         path = written(inside, "m.jsonl", json.dumps({"image": value}))
         assert [row.image for row in read_manifest(path, root=root)] == [str(root / "x.jpg")]
 
@@ -66,6 +73,9 @@ def test_paths_stay_under_the_root(tmp_path: Path) -> None:
     ("name", "content", "needs", "message"),
     [
         ("m.txt", "{}", (), "is no manifest"),
+        ("m.csv", "text,labels\na,\"['cat', 'dog']\"\n", (), r"line 2: labels is .*; write a list as a\|b\|c"),
+        ("m.csv", 'text,labels\na,"[0, 1]"\n', (), r"line 2: labels is .*; write a list as a\|b\|c"),
+        ("m.csv", 'image,texts\n1.jpg,"[""a"", ""b""]"\n', (), r"line 2: texts is .*; write a list as a\|b\|c"),
         ("m.jsonl", None, (), "cannot be read"),
         ("m.jsonl", '{"text": "a"}\n{"text": ', (), r"line 2: is not JSON"),
         ("m.jsonl", '{"text": "a", "x": NaN}', (), "NaN is no JSON value"),
