@@ -123,13 +123,15 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         return run(parse_arguments(arguments))
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process of a group makes this mistake: one says so
             from utils import launch
 
             launch.meet()
             if not launch.first_to_fail():
                 return 2
+        if isinstance(error, PermissionError):  # wherever a file of the user's may lie
+            error = UserError(f"{error.filename or 'a file'}: {error.strerror}; allow it, or name another place")
         sys.stderr.write(f"error: {error}\n")
         return 2
     except BrokenPipeError:

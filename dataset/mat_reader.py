@@ -109,6 +109,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except PermissionError:
+        raise UserError(f"{path} cannot be read (Permission denied); allow it to be read, or name another") from None
     except Exception as error:  # readers of broken files raise whatever they stumble over
         why = " ".join(str(error).split()) or type(error).__name__
         kind = path.suffix if path.suffix in (".npz", ".npy") else ".mat"

@@ -1,4 +1,4 @@
-"""File systems that are soon full."""
+"""File systems that are soon full, files that may not be read."""
 
 import os
 import subprocess
@@ -7,6 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+
+@contextmanager
+def without_rights(folder: Path) -> Iterator[None]:
+    """Without a superuser's right to open everything; folders that lead to `folder` stay open."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for parent in (folder, *folder.parents):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 @contextmanager

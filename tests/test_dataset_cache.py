@@ -1,5 +1,6 @@
 """The picture cache: the same pictures, whatever happens while it is built."""
 
+import contextlib
 import io
 import logging
 import os
@@ -26,7 +27,7 @@ from dataset.pictures.draws import Purpose, uniform
 from dataset.pictures.reading import JoinedPictures, PictureArray, PictureFiles
 from dataset.pictures.transforms import CROP_DRAWS, STD, View, view_pixels
 from tests import datasets
-from tests.disks import small_disk_at
+from tests.disks import small_disk_at, without_rights
 from tests.processes import in_child, run_processes
 
 STORED = 24
@@ -322,6 +323,25 @@ def test_a_change_of_how_pictures_are_stored_changes_the_version(tmp_path: Path)
     pictures = build([str(tmp_path / "pictures" / f"{name}.png") for name in sources], tmp_path / "cache")
     digest = zlib.crc32(b"".join(pictures.read(number).tobytes() for number in range(len(pictures))))
     assert (cache._VERSION, f"{digest:08x}") == ("3", "1a3039e5")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [(INDEX, r"picture cache .* cannot be written: Is a directory"), (CHECKS, r"checks\.bin.* Permission denied")],
+)
+def test_files_of_a_cache_that_cannot_be_used(name: str, match: str, tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path / "pictures", 3)
+    folder = build(paths, tmp_path / "cache").path.parent
+    if name == INDEX:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    else:
+        (folder / name).chmod(0)
+    with contextlib.ExitStack() as stack:
+        if name == CHECKS:
+            stack.enter_context(without_rights(folder))
+        with pytest.raises(UserError, match=match):
+            build(paths, tmp_path / "cache")
 
 
 def test_other_files_and_other_sizes_have_caches_of_their_own(paths: list[str], tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import scipy.io
 import scipy.sparse
 import torch
 
+from common.errors import UserError
 from tests import datasets
 from tests.datasets import ITEMS, TEXTS, pixels_of, refused
+from tests.disks import without_rights
 
 
 @pytest.fixture
@@ -131,6 +133,24 @@ def test_what_is_said_of_a_picture_named_twice_and_of_no_text(root, caplog):
     assert "index.mat names 1 pictures more than once: a query may find its own picture" in caplog.text
     scipy.io.savemat(root / "caption.mat", {"caption": np.array([" "] * ITEMS)})
     refused(r"caption\.mat has no text for any of its 24 items", root)
+
+
+@pytest.mark.parametrize(
+    ("closed", "match"),
+    [
+        ("label.mat", r"label\.mat cannot be read \(Permission denied\); allow it"),
+        ("images", r"folder .*images cannot be read \(Permission denied\); allow it"),
+        ("images/3.png", r"picture .*3\.png \(row 3 of .*\) cannot be read \(Permission denied\); allow it"),
+    ],
+)
+def test_what_may_not_be_read(root, closed, match):
+    datasets.opened(root).pictures.read(3)  # loads what is needed
+    (root / closed).chmod(0)
+    try:
+        with without_rights(root), pytest.raises(UserError, match=match):
+            datasets.opened(root).pictures.read(3)
+    finally:
+        (root / closed).chmod(0o755)
 
 
 def test_labels_stored_the_other_way_round(root):

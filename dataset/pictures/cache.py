@@ -62,7 +62,10 @@ class CachedPictures(Pictures):
         self.path = path
         self.sizes = sizes
         self.starts = _starts(sizes)
-        self.checks = np.fromfile(path.with_name(CHECKS), "<u4")  # [N]
+        try:
+            self.checks = np.fromfile(path.with_name(CHECKS), "<u4")  # [N]
+        except OSError as error:
+            raise _unreadable(path.with_name(CHECKS), error) from None
         self._checked = np.zeros(len(sizes), np.bool_)  # by this process
         self._pixels: npt.NDArray[np.uint8] | None = None
 
@@ -107,9 +110,7 @@ class CachedPictures(Pictures):
             try:
                 pixels = np.memmap(self.path, np.uint8, "r", shape=(int(self.starts[-1]),))
             except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{self.path} of the picture cache cannot be read ({error}); remove its folder and run again"
-                ) from None
+                raise _unreadable(self.path, error) from None
             self._pixels = pixels.view(np.ndarray)
         width, height = self.sizes[number, :2]
         stored = self._pixels[self.starts[number] : self.starts[number + 1]]
@@ -178,20 +179,26 @@ def stored_sizes(sizes: npt.NDArray[np.int64], stored_size: int) -> npt.NDArray[
 
 def _build(pictures: Pictures, folder: Path, name: str, stored_size: int, stamp: str) -> npt.NDArray[np.int64]:
     """Builds a cache, or goes on with it; returns the sizes [N, 4]."""
-    sizes = _read_index(folder / PLAN, stamp)
-    if sizes is None:
-        log.info("picture cache of %s: planning", name)
-        for old in (INDEX, PLAN, DONE, CHECKS, PIXELS):  # in this order: what vouches for a file goes before the file
-            (folder / old).unlink(missing_ok=True)
-            sync_folder(folder)
-        found = in_threads(pictures.size, range(len(pictures)))
-        source = np.array(list(progress(found, total=len(pictures), desc="sizes", unit="picture")), np.int64)
-        sizes = np.concatenate([stored_sizes(source, stored_size), source], axis=1)
-        with atomic(folder / PLAN) as temporary, open(temporary, "wb") as file:
-            np.savez(file, stamp=np.array(stamp), sizes=sizes)
-    total = int(_starts(sizes)[-1])
-    _require_room(folder, name, len(sizes), total)
     try:
+        sizes = _read_index(folder / PLAN, stamp)
+        if sizes is None:
+            log.info("picture cache of %s: planning", name)
+            for old in (
+                INDEX,
+                PLAN,
+                DONE,
+                CHECKS,
+                PIXELS,
+            ):  # in this order: what vouches for a file goes before the file
+                (folder / old).unlink(missing_ok=True)
+                sync_folder(folder)
+            found = in_threads(pictures.size, range(len(pictures)))
+            source = np.array(list(progress(found, total=len(pictures), desc="sizes", unit="picture")), np.int64)
+            sizes = np.concatenate([stored_sizes(source, stored_size), source], axis=1)
+            with atomic(folder / PLAN) as temporary, open(temporary, "wb") as file:
+                np.savez(file, stamp=np.array(stamp), sizes=sizes)
+        total = int(_starts(sizes)[-1])
+        _require_room(folder, name, len(sizes), total)
         with _writable(folder / PIXELS) as handle, _writable(folder / CHECKS) as checks:
             os.posix_fallocate(handle, 0, total)  # no surprise after an hour's work
             os.posix_fallocate(checks, 0, 4 * len(sizes))
@@ -305,6 +312,10 @@ def _read_index(path: Path, stamp: str) -> npt.NDArray[np.int64] | None:
             return file["sizes"] if str(file["stamp"]) == stamp else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} of the picture cache cannot be read ({error}); remove its folder and run again")
 
 
 def _starts(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -138,7 +138,7 @@ def opened(
         pixels: Most pixels; None for Pillow's limit.
 
     Raises:
-        UserError: If it is missing, broken, too large, or not a picture.
+        UserError: If it is missing, may not be read, is broken, too large, or not a picture.
     """
     limit = Image.MAX_IMAGE_PIXELS if pixels is None else pixels
     if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):  # a pipe would be waited for
@@ -155,6 +155,8 @@ def opened(
         raise
     except FileNotFoundError:
         raise UserError(f"{name} is missing; fetch it again, or {found}") from None
+    except PermissionError:
+        raise UserError(f"{name} cannot be read (Permission denied); allow it to be read, or {instead}") from None
     except UnidentifiedImageError:
         raise UserError(f"{name} is not a picture ({', '.join(FORMATS)}); replace it, or {instead}") from None
     except Image.DecompressionBombError:
