@@ -160,7 +160,7 @@ class MatDataset(PairedDataset):
     def _add_image_captions(self) -> None:
         """`image_caption`, and the counterparts of texts whose own picture may be used."""
         root = Path(self.config.root)
-        path = next((root / name for name in self.config.image_captions if (root / name).is_file()), None)
+        path = _existing(root, self.config.image_captions)
         if path is None:
             return
         if path.suffix == ".jsonl":
@@ -179,16 +179,15 @@ class MatDataset(PairedDataset):
 
     def _add_features(self, field: str, files: Sequence[str], keys: Sequence[str]) -> None:
         """Stored features, if the data set has such a file."""
-        path = next(
-            (Path(self.config.root) / name for name in files if (Path(self.config.root) / name).is_file()), None
-        )
+        root = Path(self.config.root)
+        path = _existing(root, files)
         if path is None:
             return
         variable = read_variable(path, keys)
         features = number_matrix(variable.value, len(self))
         if features is None:
             raise UserError(f"{variable.place} is no matrix of features, one row per pair [N, W]; make it again")
-        _check_lengths({_file(Path(self.config.root), self.config.index, "index"): self.names, path: features})
+        _check_lengths({_file(root, self.config.index, "index"): self.names, path: features})
         with np.errstate(over="ignore"):  # found below
             matrix = torch.from_numpy(np.array(features, dtype=np.float32, order="C"))
         if not bool(matrix.isfinite().all()):
@@ -237,11 +236,16 @@ class MatDataset(PairedDataset):
 
 
 def _file(root: Path, names: Sequence[str], key: str) -> Path:
+    """As `_existing`; refuses where there is none."""
+    path = _existing(root, names)
+    if path is None:
+        raise UserError(f"{root} has no {' or '.join(names)}; prepare it, or name the file in dataset.{key}")
+    return path
+
+
+def _existing(root: Path, names: Sequence[str]) -> Path | None:
     """The first of some files that exists."""
-    for name in names:
-        if (root / name).is_file():
-            return root / name
-    raise UserError(f"{root} has no {' or '.join(names)}; prepare it, or name the file in dataset.{key}")
+    return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def _check_lengths(files: Mapping[Path, Sized | None]) -> None:

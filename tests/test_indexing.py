@@ -21,13 +21,16 @@ from PIL import Image
 
 from common import checkpoint
 from common.codes import Codes
+from common.errors import UserError
 from runners.encoder import Encoder
 from runners.evaluation import Evaluator, SplitCodes
 from runners.search.engine import Kind, merged
 from runners.search.index import Index
+from runners.search.inputs import Files
 from tests.checkpoints import configured, saved
 from tests.commands import refused, run
 from tests.datasets import smooth_picture
+from tests.disks import without_rights
 from tests.processes import Forked
 
 SMALL = ("search.batch_size=4", "search.save_every=8")
@@ -294,6 +297,17 @@ def test_engines_that_cannot_be_had(trained: Path, photos: Path, tmp_path: Path)
     with mock.patch.dict(sys.modules, {"psycopg": None}):
         assert "pip install -r requirements-engines.txt" in refused(*arguments, "search.address=postgresql://x@y/z")
     assert not (tmp_path / "new/index.json").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "closed").mkdir(parents=True)
+    smooth_picture(0, 8, 8).save(tmp_path / "photos" / "closed" / "1.png")
+    files = Files(str(tmp_path / "photos"))
+    assert len(list(files.things())) == 1
+    (tmp_path / "photos" / "closed").chmod(0)
+    with without_rights(tmp_path), pytest.raises(UserError, match=r"folder .*closed cannot be read \(Permission"):
+        list(files.things())
+    (tmp_path / "photos" / "closed").chmod(0o755)
 
 
 def test_a_picture_bomb_is_passed_over(

@@ -133,9 +133,14 @@ class Files(Input):
                 yield Thing("image", name, {"image": PictureFile(path)}, {"path": name})
 
     def _walk(self) -> Iterator[str]:
-        for folder, below, names in os.walk(self.name):
+        for folder, below, names in os.walk(self.name, onerror=_refuse_folder):
             below[:] = sorted(name for name in below if not name.startswith("."))
             yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> None:
+    """A folder passed over would take its pictures out of an index that has them."""
+    raise UserError(f"folder {error.filename} cannot be read ({error.strerror}); allow it, or name other folders")
 
 
 class Lines(Input):
