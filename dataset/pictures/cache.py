@@ -183,13 +183,7 @@ def _build(pictures: Pictures, folder: Path, name: str, stored_size: int, stamp:
         sizes = _read_index(folder / PLAN, stamp)
         if sizes is None:
             log.info("picture cache of %s: planning", name)
-            for old in (
-                INDEX,
-                PLAN,
-                DONE,
-                CHECKS,
-                PIXELS,
-            ):  # in this order: what vouches for a file goes before the file
+            for old in (INDEX, PLAN, DONE, CHECKS, PIXELS):  # what vouches for a file goes before the file
                 (folder / old).unlink(missing_ok=True)
                 sync_folder(folder)
             found = in_threads(pictures.size, range(len(pictures)))
