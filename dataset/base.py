@@ -171,7 +171,7 @@ def _require_labels(labels: Tensor, items: Tensor, split: str) -> None:
         rows = ", ".join(str(int(row)) for row in unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
         raise UserError(
             f"{len(unlabelled)} pairs of the {split} split have no label, so nothing is relevant to them: rows {rows} "
-            "(from 0) of the label file; label them, remove them from all files, or choose another dataset.split.seed"
+            "(from 0); label them, leave them out, or choose another dataset.split.seed"
         )
 
 
