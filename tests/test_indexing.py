@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +27,7 @@ from runners.encoder import Encoder
 from runners.evaluation import Evaluator, SplitCodes
 from runners.search.engine import Kind, merged
 from runners.search.index import Index
-from runners.search.inputs import Files
+from runners.search.inputs import Files, Manifest
 from tests.checkpoints import configured, saved
 from tests.commands import refused, run
 from tests.datasets import smooth_picture
@@ -297,6 +298,15 @@ def test_engines_that_cannot_be_had(trained: Path, photos: Path, tmp_path: Path)
     with mock.patch.dict(sys.modules, {"psycopg": None}):
         assert "pip install -r requirements-engines.txt" in refused(*arguments, "search.address=postgresql://x@y/z")
     assert not (tmp_path / "new/index.json").exists()
+
+
+def test_pictures_of_a_manifest_in_the_other_normal_form(tmp_path: Path) -> None:
+    stored = tmp_path / unicodedata.normalize("NFD", "é.png")
+    smooth_picture(0, 8, 8).save(stored)
+    rows = [{"image": unicodedata.normalize("NFC", "é.png")}, {"image": "ü.png"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    things = list(Manifest(str(tmp_path / "m.jsonl")).things())
+    assert [thing.key for thing in things] == [str(stored), str(tmp_path / "ü.png")]
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import glob
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dataset.base import SPLITS, PairedDataset, Split
 from dataset.columns import CaptionColumn, PictureColumn, RowColumn, WordColumn
 from dataset.loader import caption_draws
 from dataset.manifest_rows import ManifestRow, is_manifest, read_manifest
+from dataset.pictures.reading import spellings
 from runners.encoder import Encoder, read_picture
 from runners.search.engine import Kind
 from runners.setup import open_dataset
@@ -171,6 +172,8 @@ class Manifest(Input):
     def things(self) -> Iterator[Thing]:
         """As `Input.things`."""
         for row in read_manifest(Path(self.name)):
+            if row.image is not None and not row.image.isascii():
+                row = replace(row, image=next(filter(os.path.exists, spellings(row.image)), row.image))
             yield from _things_of_row(row)
 
 
