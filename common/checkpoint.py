@@ -40,6 +40,18 @@ class Checkpoint:
         """Whether this library wrote the file."""
         return bool(self.meta)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the run.
+
+        Raises:
+            UserError: If the file, which this library wrote, does not hold it.
+        """
+        if "config" not in self.meta:
+            raise UserError(f"checkpoint {self.path} does not hold the configuration of its run; use another")
+        config: dict[str, Any] = self.meta["config"]
+        return config
+
 
 def save(
     path: Path,
@@ -100,7 +112,8 @@ def load(path: Path) -> Checkpoint:
 def _ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
     try:
         meta, model, optimizers = json.loads(content["meta"]), dict(content["model"]), dict(content["optimizers"])
-        whole = isinstance(meta, dict) and all(isinstance(value, Tensor) for value in model.values())
+        named = all(isinstance(name, str) and isinstance(value, Tensor) for name, value in model.items())
+        whole = isinstance(meta, dict) and named
         whole = whole and isinstance(meta.get("config", {}), dict)
     except (KeyError, ValueError, TypeError, RecursionError):
         whole = False

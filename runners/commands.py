@@ -201,7 +201,7 @@ def read_config(options: argparse.Namespace) -> Config:
     if options.evaluate is not None:
         checkpoint = load(options.evaluate)
         if checkpoint.is_ours:
-            return checkpoint_config(checkpoint.meta["config"], options.evaluate, overrides)
+            return checkpoint_config(checkpoint.config, options.evaluate, overrides)
     or_folder = ", or the folder of the run with --save-dir" if options.resume else ""
     raise UserError(
         f"no configuration: name one with --config-file, e.g. --config-file configs/MITH/config.yaml{or_folder}"

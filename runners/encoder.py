@@ -29,9 +29,9 @@ from dataset.pictures.transforms import View, normalise, view_pixels
 from dataset.texts.tokenizer import tokenize
 from dataset.texts.word_vectors import word_vector
 from models.base import HashingModel, ModelConfig
-from runners.encoding import Encoding, encoding_of
+from runners.encoding import PICTURES, TEXTS, Encoding, encoding_of
 from runners.search.engine import Kind
-from runners.setup import autocast, load_weights
+from runners.setup import autocast, load_weights, require_fit
 from utils.launch import pick_device
 from utils.progress import progress
 from utils.threads import in_threads
@@ -40,8 +40,6 @@ from utils.threads import in_threads
 Picture = str | Path | Image.Image | npt.NDArray[Any] | BinaryIO | Callable[[], Image.Image]
 Item = Mapping[str, Any]  # what an item has, by batch field: pictures, texts, rows of numbers
 
-PICTURES = frozenset({"image", "counterpart_image"})
-TEXTS = frozenset({"text", "image_caption", "counterpart_caption"})
 _STANDS_FOR: dict[Kind, tuple[str, ...]] = {  # what `images` and `texts` may be handed as the thing itself
     "image": ("image", "image_feature"),
     "text": ("text", "bag_of_words", "text_feature"),
@@ -86,7 +84,7 @@ class Encoder:
         self.encoding = encoding
         self.settings = settings
         self.path = source.path
-        self.tree: dict[str, Any] = source.meta["config"]
+        self.tree: dict[str, Any] = source.config
         self.name = f"{settings.name}, {bits} bits, of {source.path}"
         self.batch_size = encoding.batch_size
         self.device = device
@@ -113,8 +111,9 @@ class Encoder:
             raise UserError(f"device {device!r} is none of auto, cpu, cuda and the number of a GPU; name one of them")
         loaded = load(Path(path))
         encoding = encoding_of(loaded)
-        config = check_model(loaded.meta["config"].get("model"), f"checkpoint {path}")
+        config = check_model(loaded.config.get("model"), f"checkpoint {path}")
         method: type[HashingModel] = MODELS.get(config.name)
+        encoding.require_whole(config, method, f"checkpoint {path}")
         data = DataInfo(
             num_train=encoding.num_train,
             field_shapes=encoding.field_shapes,
@@ -123,6 +122,8 @@ class Encoder:
             seed=0,
             cache_dir="",
         )
+        with torch.device("meta"):  # of sizes alone: those that the weights do not have might fill the memory
+            require_fit(method(config, data), loaded.model, loaded)
         model = method(config, data)
         load_weights(model, {"": loaded.model}, loaded)
         bits = config.bits if bits is None else bits

@@ -1,9 +1,12 @@
 """What a checkpoint says of itself, so that its model is built and used where its data are gone."""
 
 import json
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
+from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.config import Config
@@ -13,10 +16,17 @@ from common.types import ClipShape
 from dataset.base import PairedDataset
 from dataset.columns import WordColumn
 from dataset.texts.tokenizer import SMALLEST, VOCABULARY
-from models.base import HashingModel
+from models.base import ClipModelConfig, HashingModel, ModelConfig
+from models.clip.formats import shape_of
 from models.clip.towers import CLIP
 
 KEY = "encoding"  # of a checkpoint's `meta`
+PICTURES = frozenset({"image", "counterpart_image"})  # batch fields
+TEXTS = frozenset({"text", "image_caption", "counterpart_caption"})
+_TOWERS = "backbone."  # before the names of a CLIP's weights
+_MOST_ROWS = 10**10
+_WIDEST = 10**8  # of a row
+_LARGEST = 10_000  # pixels of a picture's side
 
 
 class Encoding(Section):
@@ -35,8 +45,8 @@ class Encoding(Section):
         marks: Remarks that results of this model carry.
     """
 
-    num_train: int = Field(ge=0)
-    field_shapes: dict[str, tuple[int, ...]]
+    num_train: int = Field(ge=0, le=_MOST_ROWS)
+    field_shapes: dict[str, Annotated[tuple[Annotated[int, Field(gt=0, le=_WIDEST)], ...], Field(min_length=1)]]
     clip: ClipShape | None
     view: Literal["SQUASHED"]
     tokens: int = Field(default=VOCABULARY, ge=SMALLEST, le=VOCABULARY)  # earlier versions do not say: they had CLIP's
@@ -44,6 +54,31 @@ class Encoding(Section):
     precision: Literal["float32", "bf16"]
     batch_size: int = Field(gt=0)
     marks: list[str]
+
+    def require_whole(self, config: ModelConfig, method: type[HashingModel], place: str) -> None:
+        """Refuses what no model of a method can be built with or fed by.
+
+        Args:
+            config: The `model:` section.
+            method: The class that it is of.
+            place: The checkpoint, for the message.
+
+        Raises:
+            UserError: With the first field, or the CLIP.
+        """
+        needed = config.reads(method.fields | method.image_fields | method.text_fields) - method.optional_fields
+        lacking = sorted(needed - self.field_shapes.keys())
+        if lacking:
+            raise UserError(f"{place} is damaged ({KEY}.field_shapes lacks {', '.join(lacking)}); use another")
+        if self.clip is None and isinstance(config, ClipModelConfig) and config.opens_backbone:
+            raise UserError(f"{place} is damaged ({KEY} does not say the sizes of its CLIP); use another")
+        for field, shape in self.field_shapes.items():
+            side = shape[-1] if self.clip is None else self.clip.image_size
+            if field in PICTURES and (shape != (3, side, side) or side > _LARGEST):
+                raise UserError(f"{place} is damaged ({KEY}: {field} of the shape {list(shape)}); use another")
+            longest = _LARGEST if self.clip is None else self.clip.context_length
+            if field in TEXTS and (len(shape) != 1 or not 2 <= shape[0] <= longest):
+                raise UserError(f"{place} is damaged ({KEY}: {field} of {shape[0]} tokens); use another")
 
 
 def describe(config: Config, model: HashingModel, dataset: PairedDataset) -> dict[str, Any]:
@@ -89,8 +124,28 @@ def encoding_of(checkpoint: Checkpoint) -> Encoding:
             "data, of pictures and texts; --evaluate still reads it, other uses need one that was trained since"
         )
     try:
-        return Encoding.model_validate_json(json.dumps(checkpoint.meta[KEY]))  # JSON has lists for tuples
+        encoding = Encoding.model_validate_json(json.dumps(checkpoint.meta[KEY]))  # JSON has lists for tuples
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (KEY, *first["loc"])))
         raise UserError(f"checkpoint {checkpoint.path} is damaged ({where}: {first['msg']}); use another") from None
+    towers = {name.removeprefix(_TOWERS): value for name, value in checkpoint.model.items() if name.startswith(_TOWERS)}
+    if encoding.clip is None:
+        return encoding
+    if replace(encoding.clip, activation="quick_gelu") != shape_in(checkpoint, towers):
+        raise UserError(
+            f"checkpoint {checkpoint.path} is damaged (its CLIP has other sizes than {KEY} says); use another"
+        )
+    return encoding
+
+
+def shape_in(checkpoint: Checkpoint, towers: Mapping[str, Tensor]) -> ClipShape:
+    """`shape_of` the CLIP of a checkpoint.
+
+    Raises:
+        UserError: As `shape_of`, with the file.
+    """
+    try:
+        return shape_of(towers)
+    except UserError as error:
+        raise UserError(f"checkpoint {checkpoint.path}: {error}") from None

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.types import Batch
 from dataset.pictures.transforms import MEAN, STD
-from runners.encoder import PICTURES, TEXTS, Encoder
+from runners.encoder import Encoder
+from runners.encoding import PICTURES, TEXTS
 from runners.search.engine import KINDS, Kind
 from runners.search.inputs import DATASET, open_input
 from utils.extras import extra

@@ -114,7 +114,7 @@ def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) 
     """
     if not loaded.is_ours or not loaded.optimizers:
         raise UserError(f"checkpoint {loaded.path} holds no optimizer state, so a run cannot go on from it")
-    ours, theirs = flatten(config.tree), flatten(with_younger_settings(loaded.meta["config"]))
+    ours, theirs = flatten(config.tree), flatten(with_younger_settings(loaded.config))
     require_same(
         {key: value for key, value in ours.items() if key not in FREE_KEYS},
         {key: value for key, value in theirs.items() if key not in FREE_KEYS},

@@ -16,15 +16,15 @@ from common.registry import DATASETS, MODELS
 from common.schemas import RunConfig
 from common.tensor_files import Tensors, require_finite, unwrapped
 from common.types import Backbone, ClipShape, DataInfo
+from common.yaml_layers import flatten
 from dataset.base import PairedDataset, Split
 from dataset.columns import CaptionColumn
 from dataset.loader import Loader, build_loader
 from dataset.texts.tokenizer import SMALLEST, VOCABULARY
 from models.base import ClipModelConfig, HashingModel
-from models.clip.formats import shape_of
 from models.clip.towers import CLIP
 from runners.backbone import find_backbone
-from runners.encoding import KEY, encoding_of
+from runners.encoding import KEY, encoding_of, shape_in
 from utils.distributed import barrier, is_main
 from utils.progress import progress
 from utils.seeding import seed_torch
@@ -91,7 +91,7 @@ def build_model(
     if loaded is not None:
         inside = {"": loaded.model} if loaded.is_ours else unwrapped(loaded.model)
         states = {prefix: value if loaded.is_ours else cls.import_reference(value) for prefix, value in inside.items()}
-        theirs = loaded.meta["config"]["model"]["name"] if loaded.is_ours else config.model.name
+        theirs = flatten(loaded.config).get("model.name") if loaded.is_ours else config.model.name
         if theirs != config.model.name:
             raise UserError(
                 f"checkpoint {loaded.path} is of {theirs}, not of {config.model.name}; give a config of {theirs}"
@@ -126,12 +126,11 @@ def _data_info(
             for state in states.values()
         )
         towers = next((inside for inside in found if inside), None)
-        if towers is None:
+        if loaded is None or towers is None:
             backbone = find_backbone(config)
-        elif loaded is not None and KEY in loaded.meta:
-            backbone = Backbone(encoding_of(loaded).clip or shape_of(towers), None, "the checkpoint")
         else:
-            backbone = Backbone(shape_of(towers), None, "the checkpoint")
+            said = encoding_of(loaded).clip if KEY in loaded.meta else None
+            backbone = Backbone(said or shape_in(loaded, towers), None, "the checkpoint")
         _check_sizes(backbone.shape, f"the backbone {config.model.backbone}", dataset)
     return DataInfo(
         num_train=len(dataset.splits.train),
@@ -201,6 +200,25 @@ def load_weights(model: HashingModel, states: Mapping[str, Tensors], loaded: Che
             for name, value in state.items()
             if name not in own or value.shape == own[name].shape or not model.may_be_absent(name)
         }
+    require_fit(model, state, loaded)
+    if prefix:
+        logger.info("%s: took the model under %r, %d entries", loaded.path, prefix, len(state))
+    require_finite(state, f"checkpoint {loaded.path}")
+    model.load_state_dict(state, strict=False)
+
+
+def require_fit(model: HashingModel, state: Tensors, loaded: Checkpoint) -> None:
+    """Refuses a state that lacks an entry which codes depend on, has another, or one of another shape or kind.
+
+    Args:
+        model: The model, perhaps without values (on torch's device `meta`).
+        state: Tensors under its names.
+        loaded: The checkpoint, for messages and whether it is ours: buffers of another's may be of another kind.
+
+    Raises:
+        UserError: With all of them.
+    """
+    own = model.state_dict()
     unknown = [name for name in state if name not in own]
     missing = [name for name in own if name not in state]
     if not loaded.is_ours:
@@ -210,20 +228,32 @@ def load_weights(model: HashingModel, states: Mapping[str, Tensors], loaded: Che
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    if unknown or missing or shapes:
+    strict = own.keys() if loaded.is_ours else dict(model.named_parameters()).keys()
+    kinds = [
+        f"{name} is {state[name].dtype} there, {own[name].dtype} here"
+        for name in own
+        if name in state and _kind(state[name]) != _kind(own[name]) and (name in strict or state[name].is_complex())
+    ]
+    if unknown or missing or shapes or kinds:
         what = [
             f"{len(names)} {kind} (first: {', '.join(names[:3])})"
-            for kind, names in (("entries missing", missing), ("unknown entries", unknown), ("other shapes", shapes))
+            for kind, names in (
+                ("entries missing", missing),
+                ("unknown entries", unknown),
+                ("other shapes", shapes),
+                ("other kinds", kinds),
+            )
             if names
         ]
         raise UserError(
             f"checkpoint {loaded.path} does not fit {type(model).__name__} with {model.bits} bits: {'; '.join(what)}; "
             "give the method, model.bits and the variant that it was trained with"
         )
-    if prefix:
-        logger.info("%s: took the model under %r, %d entries", loaded.path, prefix, len(state))
-    require_finite(state, f"checkpoint {loaded.path}")
-    model.load_state_dict(state, strict=False)
+
+
+def _kind(value: Tensor) -> tuple[bool, bool]:
+    """Real, complex or whole numbers: copying one into another says nothing and changes what it means."""
+    return value.is_floating_point(), value.is_complex()
 
 
 def _same(one: Tensors, other: Tensors) -> bool:

@@ -160,7 +160,16 @@ def test_if_all_are_damaged_nothing_begins_anew(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    "part", [{"meta": None}, {"meta": "{"}, {"meta": "[]"}, {"meta": '{"config": 3}'}, {"model": 3}, {"optimizers": 3}]
+    "part",
+    [
+        {"meta": None},
+        {"meta": "{"},
+        {"meta": "[]"},
+        {"meta": '{"config": 3}'},
+        {"model": 3},
+        {"model": {3: torch.ones(1)}},
+        {"optimizers": 3},
+    ],
 )
 def test_own_files_with_a_part_missing_are_named(tmp_path: Path, part: dict[str, object]) -> None:
     kept = Checkpoints(tmp_path, keep=2)

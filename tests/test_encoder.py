@@ -224,6 +224,7 @@ def test_checkpoints_that_do_not_say_how_they_encode(tmp_path: Path, tiny_overri
         ({"config": config.tree}, "was written by an earlier version and lacks 'encoding'"),
         (damaged, r"is damaged \(encoding.batch_size: Input should be greater than 0\)"),
         (loaded.meta | {"config": {}}, "model.name: missing"),
+        ({encoding.KEY: loaded.meta[encoding.KEY]}, "does not hold the configuration of its run"),
     ):
         checkpoint.save(path, meta, model.state_dict())
         with pytest.raises(UserError, match=message) as refused:
@@ -232,9 +233,58 @@ def test_checkpoints_that_do_not_say_how_they_encode(tmp_path: Path, tiny_overri
     torch.save(model.state_dict(), path)
     with pytest.raises(UserError, match="was written by another program"):
         Encoder.load(path)
+    checkpoint.save(path, loaded.meta, {"proxies": torch.zeros(3, 3)})
+    with pytest.raises(UserError, match=f"checkpoint {path}: not a whole CLIP"):
+        Encoder.load(path)
     checkpoint.save(path, loaded.meta, {**model.state_dict(), "proxies": torch.zeros(3, 3)})
     with pytest.raises(UserError, match="does not fit DSPH with 16 bits"):
         Encoder.load(path)
+
+
+def test_sizes_that_the_weights_do_not_have(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """Told before memory is taken: each of these would be far more than a machine has, or a traceback."""
+    path = tmp_path / "best.pt"
+    saved(configured("MITH", tiny_overrides), path)
+    loaded = checkpoint.load(path)
+    encoded = loaded.meta[encoding.KEY]
+    shapes, clip = encoded["field_shapes"], encoded["clip"]
+    for changed, message in (
+        ({"num_train": 10**9}, "does not fit MITH with 16 bits: 5 other shapes"),
+        ({"num_train": 10**30}, "encoding.num_train: Input should be less than or equal to"),
+        ({"field_shapes": shapes | {"labels": [10**6]}}, "other shapes"),
+        ({"field_shapes": shapes | {"labels": [10**30]}}, "encoding.field_shapes"),
+        ({"field_shapes": shapes | {"text": [1]}}, "text of 1 tokens"),
+        ({"field_shapes": shapes | {"text": [10**6]}}, f"text of {10**6} tokens"),
+        ({"field_shapes": shapes | {"text": []}}, "encoding.field_shapes"),
+        ({"field_shapes": shapes | {"image": [3, 10**6, 10**6]}}, r"image of the shape \[3, 1000000, 1000000\]"),
+        ({"field_shapes": {}}, "lacks image, labels, text"),
+        ({"clip": None}, "its CLIP"),
+        *(
+            ({"clip": clip | {name: size}}, "its CLIP")
+            for name in set(clip) - {"activation"}
+            for size in (-1, 0, 10**30)
+        ),
+    ):
+        checkpoint.save(path, loaded.meta | {encoding.KEY: encoded | changed}, loaded.model)
+        with pytest.raises(UserError, match=message) as refused:
+            Encoder.load(path, device="cpu")
+        assert str(refused.value).startswith(f"checkpoint {path} ") and "\n" not in str(refused.value)
+
+
+def test_weights_of_another_kind(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """Whole numbers or truth values in place of weights give codes, too: of another model."""
+    path = tmp_path / "best.pt"
+    saved(configured("MITH", tiny_overrides), path)
+    loaded = checkpoint.load(path)
+    for kind in (torch.int64, torch.bool, torch.complex64):
+        other = {name: value.to(kind) if value.is_floating_point() else value for name, value in loaded.model.items()}
+        checkpoint.save(path, loaded.meta, other)
+        with pytest.raises(UserError, match=f"is {kind} there, torch.float32 here"):
+            Encoder.load(path, device="cpu")
+    for kind in (torch.float64, torch.bfloat16):
+        other = {name: value.to(kind) if value.is_floating_point() else value for name, value in loaded.model.items()}
+        checkpoint.save(path, loaded.meta, other)
+        assert Encoder.load(path, device="cpu").texts(["a red heart"]).values.shape == (1, 16)
 
 
 def test_a_checkpoint_is_enough(tmp_path: Path, tiny_overrides: list[str]) -> None:
