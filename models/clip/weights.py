@@ -94,11 +94,10 @@ def read_clip(path: str | Path) -> Backbone:
         state, layout = to_openai_names(file.tensors)
         shape = shape_of(state)
         require_exact(state, shape)
-        require_finite(state, str(path))
         activation, told = activation_of(path, file.form, layout, file.metadata)
     except UserError as error:
-        known = str(error).startswith(str(path))
-        raise UserError(str(error) if known else f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
+    require_finite(state, str(path))
     precisions = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     logger.info(
         "read %s: %s, %s names; %d tensors, %s; pictures %d px in patches of %d, image tower %d x %d, "
