@@ -129,6 +129,8 @@ def test_generated_counterparts(root):
         ('{"id": 3}', r"line 25: must be"),
         ("not json", r"line 25: must be"),
         ("[1]", r"line 25: must be"),
+        pytest.param("[" * 100_000, r"line 25: must be", id="nested"),
+        pytest.param(f'{{"id": {"1" * 5000}, "caption": "x"}}', r"line 25: must be", id="digits"),
     ],
 )
 def test_json_lines_mistakes(root, line, match):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -300,9 +300,11 @@ def test_file_with_other_values_or_damaged(tmp_path: Path) -> None:
     assert read_centers(path, 5, 32, [8], transforms=False).transforms == {}
     with pytest.raises(UserError, match="not finite"):
         read_centers(path, 5, 32, [8], transforms=True)
-    path.write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_centers(path, 5, 32, [8], transforms=True)
+    nested = safetensors.torch.save({"long": centers.long}, {"header": "[" * 100_000})
+    for content in (b"nothing of the kind", nested):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_centers(path, 5, 32, [8], transforms=True)
 
 
 # ---------------------------------------------------------------------------------------------- converter

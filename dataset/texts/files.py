@@ -47,7 +47,7 @@ def read_json_lines(path: Path, ids: Sequence[str]) -> list[list[str]]:
         try:
             entry = json.loads(line)
             item, caption = entry["id"], entry["caption"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # a ValueError also for thousands of digits
             item = caption = None
         if not isinstance(caption, str) or isinstance(item, bool) or not isinstance(item, str | int):
             raise UserError(f'{path}, line {row}: must be {{"id": name or number, "caption": text}}; mend the line')

@@ -134,7 +134,7 @@ def read_centers(path: Path, classes: int, long_bits: int, short_bits: Sequence[
         header = json.loads(file.metadata.get("header", "{}"))
         if header.get(CHECKSUM, found := checksum(file.tensors)) != found:
             raise UserError("its values are not those that were written (the checksum differs)")
-    except (UserError, ValueError, AttributeError) as error:
+    except (UserError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"centre file {path} cannot be read ({error}); convert it again") from None
     content = {name: value.float() for name, value in file.tensors.items()}
 
