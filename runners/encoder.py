@@ -152,7 +152,8 @@ class Encoder:
             more: What else the method makes such codes from, by batch field, N of each.
 
         Raises:
-            UserError: If a picture cannot be read, or the method needs something else, too.
+            UserError: If a picture cannot be read, there is one alone and no list, or the method needs something else,
+                too.
         """
         return self._all("image", pictures, more)
 
@@ -165,7 +166,7 @@ class Encoder:
                 `counterpart_image`, strings for `counterpart_caption`, rows of numbers otherwise.
 
         Raises:
-            UserError: If the method needs something else, too.
+            UserError: If something is no text, there is one alone and no list, or the method needs something else, too.
         """
         return self._all("text", texts, more)
 
