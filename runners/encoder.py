@@ -122,8 +122,9 @@ class Encoder:
             seed=0,
             cache_dir="",
         )
-        with torch.device("meta"):  # of sizes alone: those that the weights do not have might fill the memory
-            require_fit(method(config, data), loaded.model, loaded)
+        sizes = _without_values(method, config, data)
+        if sizes is not None:  # those that the weights do not have might fill the memory
+            require_fit(sizes, loaded.model, loaded)
         model = method(config, data)
         load_weights(model, {"": loaded.model}, loaded)
         bits = config.bits if bits is None else bits
@@ -331,6 +332,15 @@ def read_picture(picture: Picture, pixels: int | None = None) -> Image.Image:
         return decoded(_in_memory(picture))
     with opened(source, name, found="name one that is there", instead="leave it out", pixels=pixels) as image:
         return as_rgb(image)
+
+
+def _without_values(method: type[HashingModel], config: ModelConfig, data: DataInfo) -> HashingModel | None:
+    """A model of sizes alone; None for a method that computes with values while it is built."""
+    try:
+        with torch.device("meta"):
+            return method(config, data)
+    except Exception:  # what it stumbles over depends on what it computes; if it is wrong, building it in full says so
+        return None
 
 
 def _in_memory(picture: Any) -> Image.Image:

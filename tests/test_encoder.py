@@ -300,6 +300,22 @@ def test_a_checkpoint_is_enough(tmp_path: Path, tiny_overrides: list[str]) -> No
     assert np.array_equal(encoder.images([picture]).values[0], query.image.numpy()[0])
 
 
+def test_a_method_may_compute_while_it_is_built(
+    tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, _, query, _ = saved(configured("DSPH", tiny_overrides), tmp_path / "best.pt")
+    method = MODELS.get("DSPH")
+    plain = method.__init__
+
+    def with_a_value(self: HashingModel, *arguments: Any) -> None:
+        plain(self, *arguments)
+        self.first = float(next(self.parameters()).flatten()[0])
+
+    monkeypatch.setattr(method, "__init__", with_a_value)
+    encoder = Encoder.load(tmp_path / "best.pt", device="cpu")
+    assert np.array_equal(encoder.texts(raw(dataset, "query", "text")).values, query.text.numpy())
+
+
 def test_equal_models_have_equal_fingerprints(tmp_path: Path, tiny_overrides: list[str]) -> None:
     config = configured("DSPH", tiny_overrides)
     _, model, _, _ = saved(config, tmp_path / "one.pt")
