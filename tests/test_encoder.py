@@ -309,7 +309,7 @@ def test_a_method_may_compute_while_it_is_built(
 
     def with_a_value(self: HashingModel, *arguments: Any) -> None:
         plain(self, *arguments)
-        self.first = float(next(self.parameters()).flatten()[0])
+        assert isinstance(next(self.parameters()).flatten()[0].item(), float)
 
     monkeypatch.setattr(method, "__init__", with_a_value)
     encoder = Encoder.load(tmp_path / "best.pt", device="cpu")
