@@ -111,7 +111,8 @@ class Encoder:
             raise UserError(f"device {device!r} is none of auto, cpu, cuda and the number of a GPU; name one of them")
         loaded = load(Path(path))
         encoding = encoding_of(loaded)
-        config = check_model(loaded.config.get("model"), f"checkpoint {path}")
+        tree = loaded.config
+        config = check_model(tree.get("model"), f"checkpoint {path}")
         method: type[HashingModel] = MODELS.get(config.name)
         encoding.require_whole(config, method, f"checkpoint {path}")
         data = DataInfo(
