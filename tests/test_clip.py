@@ -293,13 +293,10 @@ def test_recomputed_blocks_keep_little_for_backward(small: CLIP) -> None:
     assert kept < whole / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("again", "precision"),
-    [
-        (False, "float32"),
-        pytest.param(False, "bf16", marks=pytest.mark.slow),
-        pytest.param(True, "float32", marks=pytest.mark.slow),
-    ],
+    [(False, "float32"), (False, "bf16"), (True, "float32")],
 )
 def test_towers_compile_as_one_graph_and_once_more_for_the_last_batch(again: bool, precision: Any) -> None:
     """All ways into them, with blocks computed again or not; further numbers of rows compile nothing."""

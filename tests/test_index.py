@@ -148,6 +148,7 @@ def _die_while_committing(catalog: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["flat"], indirect=True)
 def test_reading_after_a_kill_in_the_middle_of_a_commit(config: SearchConfig, tmp_path: Path) -> None:
     """SQLite then finds a journal that must be rolled back before anything can be read."""
