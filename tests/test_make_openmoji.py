@@ -280,6 +280,7 @@ def test_a_table_that_does_not_fit_the_packages_is_refused(rules: dict[str, list
         label_drawings([drawing("1F600")], {"animal": rules})
 
 
+@pytest.mark.slow
 def test_no_rule_of_the_table_is_idle() -> None:
     """An entry under `remove` takes something away, and one under `add` brings something that no other rule does."""
     drawings = read_drawings()

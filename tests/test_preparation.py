@@ -106,6 +106,7 @@ def test_killed_at_ten_random_moments_then_run_again_gives_identical_bytes(name:
 
 
 @pytest.mark.usefixtures("unsynced")
+@pytest.mark.slow
 def test_killed_at_every_change_of_a_name_never_leaves_a_mixture(tmp_path: Path) -> None:
     source = source_of("nuswide", tmp_path)
     mats = {"index.mat", "caption.mat", "label.mat", "labels.txt"}
