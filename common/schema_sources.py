@@ -51,7 +51,7 @@ class _Namespace:
             self.statements |= dict.fromkeys(_names_bound_by(statement), statement)
 
     def config_of(self, name: str) -> Any:
-        """What `Config` stands for in the body of a class, or of the first of its bases that has it."""
+        """What `Config` stands for in the body of a class, else of its first base, and so on."""
         statement = self.statements[name]
         if isinstance(statement, ast.ImportFrom):
             return _namespace(cast(str, statement.module)).config_of(_original(statement, name))

@@ -1,5 +1,6 @@
 """Every mistake of a user is one line: in settings, data, checkpoints, folders. Nothing is left behind."""
 
+import errno
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import scipy.io
 import torch
 from PIL import Image
 
+import main
 from tests.commands import ROOT, refused, run
 from utils.files import FolderLock
 
@@ -271,3 +273,14 @@ def test_folder_that_cannot_be_written(tmp_path: Path, tiny_overrides: list[str]
     locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
     if not os.access(locked, os.W_OK):  # root may write everywhere
         assert "--save-dir" in refused(*MITH, "--save-dir", locked / "run", *tiny_overrides)
+
+
+def test_a_file_that_may_not_be_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "notes.yaml")
+
+    monkeypatch.setattr(main, "run", refuse)
+    assert main.main(["--list"]) == 2
+    assert capsys.readouterr().err == "error: notes.yaml: Permission denied; allow it, or name another place\n"
