@@ -217,7 +217,11 @@ def test_every_differing_key_is_listed() -> None:
 
 
 def write_checkpoints(folder: Path) -> None:
-    """Until killed; the file `written` has a byte for each that is there."""
+    """Until killed; the file `written` has a byte for each that is there.
+
+    It never waits for the disk: a killed process, unlike a power failure, loses nothing that was written.
+    """
+    os.fsync = lambda _: None  # type: ignore[assignment]
     kept = Checkpoints(folder / "checkpoints", keep=2)
     with (folder / "written").open("ab", buffering=0) as written:
         for step in itertools.count(1):

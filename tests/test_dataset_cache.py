@@ -204,6 +204,7 @@ def test_killed_at_ten_random_moments_then_run_again_gives_identical_bytes(paths
     assert resumed
 
 
+@pytest.mark.slow
 def test_killed_at_every_change_of_a_name(paths: list[str], tmp_path: Path) -> None:
     """Names are what tells a whole cache from a part: dying before each removal, replacement and truncation."""
     build(paths[:10], tmp_path / "whole")

@@ -81,6 +81,7 @@ def test_all_end_well(tmp_path: Path) -> None:
     assert sorted(output.splitlines()) == ["rank 0 3", "rank 1 3", "rank 2 3"]
 
 
+@pytest.mark.slow  # waits for the grace that one which ignores signals has
 def test_one_failing_ends_all(tmp_path: Path) -> None:
     body = """
         open(f"{sys.argv[1]}/{rank}", "w").write(str(os.getpid()))

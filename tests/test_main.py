@@ -177,7 +177,7 @@ def test_a_method_from_outside_trains(tmp_path: Path, tiny_overrides: list[str])
     """One file and one YAML outside the tree; in a process of its own, since names are registered once."""
     settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
     own = toy(tmp_path)
-    ((code, out, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings, "run.epochs=8")
+    ((code, out, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings)
     assert code == 0 and "Toy on tiny" in out, err
     ((code, out, err),) = run_processes(run, 1, *own[:2], "--list")
     assert code == 0 and "Linear codes of pixels and words." in out, err

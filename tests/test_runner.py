@@ -174,7 +174,8 @@ def test_sigkill_at_any_moment_changes_nothing(tmp_path: Path, tiny_overrides: l
     assert names_in(whole) == names_in(killed)
 
 
-@pytest.mark.parametrize("launcher", ["distribute", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["distribute", "torchrun"])
 def test_two_processes_give_the_results_of_one(launcher: str, tmp_path: Path, tiny_overrides: list[str]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*arguments("DSPH", one, tiny_overrides))[0] == 0
