@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common.errors import UserError
 from data.mat_files import clean_text, writing
-from dataset.pictures.reading import FORMATS
+from dataset.pictures.opening import FORMATS, is_boundless
 from utils.files import atomic
 from utils.progress import progress
 
@@ -198,6 +198,10 @@ def inspect_picture(path: Path) -> Picture | None:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             mode, (width, height) = picture.mode, picture.size
+            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError("decompression bomb: too many pixels")
+            if is_boundless(picture):
+                raise ValueError("real values or 32 bits, of which no one knows which is white")
             # JPEG's cheapest scale: every coded bit is still read, so a cut file is noticed, in less time.
             picture.draft("L", (1, 1))
             picture.load()

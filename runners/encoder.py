@@ -24,7 +24,7 @@ from common.config import check_model
 from common.errors import UserError
 from common.registry import MODELS, near_names
 from common.types import Backbone, Batch, DataInfo
-from dataset.pictures.reading import as_rgb, decoded, opened
+from dataset.pictures.opening import as_rgb, decoded, opened
 from dataset.pictures.transforms import View, normalise, view_pixels
 from dataset.texts.tokenizer import tokenize
 from dataset.texts.word_vectors import word_vector

@@ -1,6 +1,8 @@
 """The source folder of a preparation: files are found and read, and every broken picture is noticed."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ from PIL import Image
 
 from common.errors import UserError
 from data.source_files import JOURNAL, find, inspect_picture, read_lines, scan_pictures
+from dataset.pictures.reading import PictureFiles
 from tests import miniatures
+from tests.commands import ROOT
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -31,11 +35,30 @@ def test_every_cut_of_a_jpeg_is_noticed(tmp_path: Path, mode: str, progressive: 
             Image.open(path).convert("RGB")
 
 
-def test_a_decompression_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    miniatures.picture(tmp_path / "x.jpg", 1)
-    picture = inspect_picture(tmp_path / "x.jpg")
+@pytest.mark.parametrize("limit", [100, 1000])  # Pillow itself refuses from twice the limit on: here 1,200 pixels
+def test_a_decompression_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    path = tmp_path / "x.jpg"
+    miniatures.picture(path, 1)
+    picture = inspect_picture(path)
     assert picture is not None and "decompression bomb" in picture.fault
+    with pytest.raises(UserError, match="decompression bomb"):  # the reader of the training loop agrees
+        PictureFiles([str(path)], "here").read(0)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pictures_that_training_refuses_are_broken(tmp_path: Path, kind: type) -> None:
+    path = tmp_path / "x.tiff"
+    Image.fromarray(np.ones((3, 4), kind)).save(path)
+    picture = inspect_picture(path)
+    assert picture is not None and "32 bits" in picture.fault
+    with pytest.raises(UserError, match="32 bits"):
+        PictureFiles([str(path)], "here").read(0)
+
+
+def test_looking_at_pictures_loads_no_heavy_package() -> None:
+    command = [sys.executable, "-c", "import sys, data.preparation; print('torch' in sys.modules)"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_find_takes_the_nearest(tmp_path: Path) -> None:

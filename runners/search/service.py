@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from common.errors import UserError
 from common.schemas import Section
-from dataset.pictures.reading import as_rgb, opened
+from dataset.pictures.opening import as_rgb, opened
 from runners.encoder import read_picture
 from runners.search.embedded import CODES
 from runners.search.engine import Kind
