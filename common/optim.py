@@ -4,6 +4,7 @@ The optimizers themselves are the files of `common/optimizers/`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from common.errors import UserError
 from common.optimizers.base import Groups
 from common.registry import OPTIMIZERS, near_names
 from common.schemas import OptimizerConfig
+from common.tensor_files import require_finite
 
 
 def build_optimizers(
@@ -46,6 +48,54 @@ def build_optimizers(
         name: OPTIMIZERS.get(optim[name].type).build(members, optim[name], total_steps)
         for name, members in groups.items()
     }
+
+
+def restore_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], states: Mapping[str, Any], place: str) -> None:
+    """Gives optimizers the state that those of a run before had.
+
+    Args:
+        optimizers: As `build_optimizers` made them; changed in place.
+        states: Optimizer name -> its state dict.
+        place: Where the states come from, for messages.
+
+    Raises:
+        UserError: If a state is not one of its optimizer, or a number in it is not finite.
+    """
+    for name, optimizer in optimizers.items():
+        state = states.get(name)
+        if not isinstance(state, dict) or not _is_state_of(state, optimizer):
+            raise UserError(
+                f"{place}: what it holds as optim.{name} is no state of {type(optimizer).__name__} for the parameters "
+                "of this model; go on from an earlier checkpoint, or start a new run"
+            )
+        for number, entries in state["state"].items():
+            numbers = {f"{name}.{number}.{key}": value for key, value in entries.items() if torch.is_tensor(value)}
+            require_finite(numbers, place)
+        # Settings that a later version of the optimizer added are those of the configuration.
+        groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+        optimizer.load_state_dict({**state, "param_groups": [{**own, **group} for own, group in groups]})
+
+
+def _is_state_of(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether groups, their settings and the entries of parameters are such as this optimizer has."""
+    fresh = optimizer.state_dict()
+    if not (state.keys() == fresh.keys() and isinstance(state["state"], dict)):
+        return False
+    groups = state["param_groups"]
+    if not (isinstance(groups, list) and len(groups) == len(fresh["param_groups"])):
+        return False
+    for group, own in zip(groups, fresh["param_groups"], strict=True):
+        if not (isinstance(group, dict) and group.get("params") == own["params"]):
+            return False
+        if any(not _alike(value, own[key]) for key, value in group.items() if key in own):
+            return False
+    places = {place for group in groups for place in group["params"]}
+    return state["state"].keys() <= places and all(isinstance(entry, dict) for entry in state["state"].values())
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two settings are of one type; whole numbers may stand for others."""
+    return type(a) is type(b) or (isinstance(a, int | float) and isinstance(b, int | float))
 
 
 def _require_same_names(given: list[str], needed: list[str], place: str, kind: str) -> None:

@@ -1,22 +1,42 @@
 """The folder of a run: whose it is, what lies in it, and whether a run may go on from there."""
 
+import json
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from pydantic import TypeAdapter
 
 from common.checkpoint import Checkpoint, Checkpoints, load, require_same
 from common.checkpoint_config import with_younger_settings
 from common.config import Config
 from common.errors import UserError
 from common.schemas import FREE_KEYS
-from common.tensor_files import require_finite
 from common.yaml_layers import flatten
 from dataset.base import PairedDataset
+from runners.selection import KEYS, Entry, scores
 from utils.distributed import barrier, from_main, is_main, rank
 from utils.files import FolderLock, make_folder
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    """Where a run stands; beside model, optimizers and configuration it is all that a run goes on from.
+
+    Attributes:
+        step: Optimizer steps taken.
+        history: One entry an evaluation: `{"epoch": 3, "reports": {"16": {"i2t/mAP@all": 0.5, ...}}}`, see `selection`.
+        untrained: Numbers before the first step, see `diagnostics.report_untrained`.
+    """
+
+    step: int = 0
+    history: list[Entry] = field(default_factory=list)
+    untrained: dict[str, float] = field(default_factory=dict)
+
+
+_STATE = TypeAdapter(RunState)
 
 
 class BusyError(UserError):
@@ -120,12 +140,33 @@ def check_resumable(loaded: Checkpoint, config: Config, dataset: PairedDataset) 
         {key: value for key, value in theirs.items() if key not in FREE_KEYS},
         f"checkpoint {loaded.path}",
     )
-    for name, optimizer in loaded.optimizers.items():
-        for number, entries in optimizer["state"].items():
-            numbers = {f"{name}.{number}.{key}": value for key, value in entries.items() if torch.is_tensor(value)}
-            require_finite(numbers, f"checkpoint {loaded.path}")
-    if loaded.meta["split"] != dataset.splits.fingerprint:
+    split = loaded.meta.get("split")
+    if split != dataset.splits.fingerprint:
         raise UserError(
-            f"checkpoint {loaded.path} was trained on split {loaded.meta['split']}, but the files of "
-            f"{config.dataset.name} now give {dataset.splits.fingerprint}: restore them, or start a new run"
+            f"checkpoint {loaded.path} was trained on split {split}, but the files of {config.dataset.name} now give "
+            f"{dataset.splits.fingerprint}: restore them, or start a new run"
         )
+
+
+def state_of(loaded: Checkpoint, steps: int) -> RunState:
+    """Where the run of a checkpoint stood.
+
+    Args:
+        loaded: The checkpoint.
+        steps: Of the whole run.
+
+    Raises:
+        UserError: If it does not say so, or says what cannot be.
+    """
+    try:
+        state = _STATE.validate_json(json.dumps(loaded.meta["state"]), strict=True)
+        for entry in state.history:
+            sum(scores({split: entry[key] for split, key in KEYS.items() if key in entry}).values(), entry["epoch"])
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        state = RunState(step=-1)
+    if not 0 <= state.step <= steps:
+        raise UserError(
+            f"checkpoint {loaded.path} does not say where its run stood (its entry 'state' is damaged): remove it to "
+            "go on from an earlier one, or start a new run"
+        )
+    return state

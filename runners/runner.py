@@ -8,14 +8,13 @@ import functools
 import logging
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
 from common import checkpoint
 from common.config import Config
-from common.optim import build_optimizers
+from common.optim import build_optimizers, restore_optimizers
 from common.registry import RUNNERS
 from common.state_writer import StateWriter
 from common.types import Progress, StepOutput
@@ -23,7 +22,7 @@ from models.base import HashingModel
 from runners import diagnostics, encoding
 from runners.evaluation import Evaluator, save_codes
 from runners.results import results_table, summarise
-from runners.resuming import check_resumable, claim_folder, newest_checkpoint
+from runners.resuming import RunState, check_resumable, claim_folder, newest_checkpoint, state_of
 from runners.selection import KEYS, out_of_patience, reported, watched_splits
 from runners.setup import autocast, build_model, open_dataset, require_trainable, spare_memory, training_loader
 from runners.steps import StepLog, require_finite_loss, updates
@@ -38,21 +37,6 @@ from utils.seeding import seed_torch
 from utils.signals import Interrupted, StopRequest
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RunState:
-    """Where a run stands; beside model, optimizers and configuration it is all that a run goes on from.
-
-    Attributes:
-        step: Optimizer steps taken.
-        history: One entry an evaluation: `{"epoch": 3, "reports": {"16": {"i2t/mAP@all": 0.5, ...}}}`, see `selection`.
-        untrained: Numbers before the first step, see `diagnostics.report_untrained`.
-    """
-
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    untrained: dict[str, float] = field(default_factory=dict)
 
 
 @RUNNERS.register("Runner")
@@ -96,9 +80,8 @@ class Runner:
         spare_memory(self.model, run)
         self.optimizers = build_optimizers(self.config.optim, self.model.param_groups(), self.steps)
         if loaded is not None:
-            self.state = RunState(**loaded.meta["state"])
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(loaded.optimizers[name])
+            self.state = state_of(loaded, self.steps)
+            restore_optimizers(self.optimizers, loaded.optimizers, f"checkpoint {loaded.path}")
             logger.info("going on after step %d of %d from %s", self.state.step, self.steps, loaded.path)
         self.module = self._wrap(self.model)
         self.votes = Votes()

@@ -2,8 +2,11 @@
 
 import logging
 import multiprocessing
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 import yaml
 
 from common import checkpoint
+from common.checkpoint import Checkpoints
 from common.config import Config
 from common.errors import UserError
 from runners.runner import Runner
@@ -121,6 +125,49 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert newest.name in caplog.text and "going back to the one before" in caplog.text
     assert_same_state(final_state(whole), state)
     assert losses(tmp_path) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda meta, _: meta.pop("state"), "does not say where its run stood"),
+        (lambda meta, _: meta["state"].update(step=10**9), "does not say where its run stood"),
+        (lambda meta, _: meta["state"].update(step="8"), "does not say where its run stood"),
+        (lambda meta, _: meta["state"].update(history=[{"epoch": 1}, 2]), "does not say where its run stood"),
+        (
+            lambda meta, _: meta["state"].update(history=[{"epoch": 1, "reports": {"16": {}}}]),
+            "does not say where its run stood",
+        ),
+        (lambda meta, _: meta.pop("split"), "was trained on split None"),
+        (lambda _, states: states.update(other=states.pop("main")), "optim.main is no state of BertAdam"),
+        (lambda _, states: states["main"].pop("state"), "optim.main is no state of BertAdam"),
+        (lambda _, states: states["main"]["state"].update({0: 3}), "optim.main is no state of BertAdam"),
+        (lambda _, states: states["main"]["param_groups"].pop(), "optim.main is no state of BertAdam"),
+        (lambda _, states: states["main"]["param_groups"][0].update(lr="x"), "optim.main is no state of BertAdam"),
+        (
+            lambda _, states: states["main"]["state"][0].update(v=torch.tensor(np.nan)),
+            "main.0.v holds 1 values that are not finite",
+        ),
+    ],
+)
+def test_a_checkpoint_that_no_run_can_go_on_from(
+    damage: Callable[[dict[str, Any], dict[str, Any]], object],
+    expected: str,
+    whole: Path,
+    tiny_overrides: list[str],
+    tmp_path: Path,
+) -> None:
+    """Whole files whose content is not what a run wrote: refused before the first step."""
+    shutil.copytree(whole, tmp_path / "run")
+    newest = Checkpoints(tmp_path / "run/checkpoints", keep=2).newest()
+    assert newest is not None
+    damage(newest.meta, newest.optimizers)
+    checkpoint.save(newest.path, newest.meta, newest.model, newest.optimizers)
+    runner = Runner(config_of(METHOD, tmp_path / "run", [*tiny_overrides, *SCHEDULE, *OFTEN, "run.workers=0"]))
+    with pytest.raises(UserError, match=expected):
+        runner.setup(resume=True)
+    assert runner.lock is not None
+    runner.lock.release()
 
 
 def test_other_settings_are_refused_with_every_key(tiny_overrides: list[str], tmp_path: Path) -> None:
