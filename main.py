@@ -9,13 +9,13 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load, which takes seconds: no traceback
 
 from common.errors import UserError
-from common.registry import DATASETS, INDEXES, MODELS, RUNNERS, near_names
+from common.registry import DATASETS, INDEXES, MODELS, RUNNERS
+from utils.arguments import Parser
 from utils.output import BROKEN_PIPE, say, table
 
 _RUN = "a run"
@@ -32,23 +32,9 @@ _TAKEN_BY = {  # option -> what it changes; elsewhere it would be passed over wi
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as all others are, with near names for options that do not exist."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
-        near = near_names(wrong, [option for action in self._actions for option in action.option_strings])
-        raise UserError(f"{message}{near or ';'} --help explains every option")
-
-    def print_help(self, file: object = None) -> None:
-        say(self.format_help().rstrip())
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = _Parser(
-        prog="main.py", description="Train, evaluate and use a cross-modal hashing method on CLIP.", allow_abbrev=False
-    )
+    parser = Parser(prog="main.py", description="Train, evaluate and use a cross-modal hashing method on CLIP.")
     command = parser.add_mutually_exclusive_group()  # two at once: the second would be passed over
     parser.add_argument("--config-file", type=Path, help="YAML of the run, e.g. configs/MITH/config.yaml")
     parser.add_argument("--save-dir", help="folder of the run (run.save_dir)")

@@ -1,30 +1,44 @@
-"""How the scripts of this folder end: with an exit code, and one line that says what went wrong."""
+"""How the scripts of this folder begin and end: command line, exit code, and one line that says what went wrong."""
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from common.errors import UserError
+from utils.arguments import Parser
+from utils.output import BROKEN_PIPE
 
 
-def exit_code(work: Callable[[], object], place: str) -> int:
-    """Does the work of a script.
+def run_script(parser: Parser, work: Callable[[argparse.Namespace], object], arguments: Sequence[str] | None) -> int:
+    """Reads a script's command line and does its work.
 
     Args:
-        work: What the script does; the same command may be given again after an interruption.
-        place: Where it writes, for errors that name no file.
+        parser: Of its options.
+        work: What the script does with them; the same command may be given again after an interruption.
+        arguments: Of the command line; None takes those of the process.
 
     Returns:
-        0; 2 for a mistake of the user or a fault of the disk; 130 if the user interrupted it.
+        0; 2 for a mistake of the user or a fault of the disk; 130 if the user interrupted it, 141 if nobody reads what
+        it prints.
     """
     try:
-        work()
+        work(parser.parse_intermixed_args(arguments))
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _told(str(error))
+    except BrokenPipeError:
+        return BROKEN_PIPE
     except OSError as error:
-        sys.stderr.write(f"error: {error.filename or place}: {error.strerror or error}; mend it and run again\n")
-        return 2
+        return _told(f"{error.filename or parser.prog}: {error.strerror or error}; mend it and run again")
+    except MemoryError:
+        return _told(
+            f"{parser.prog}: memory ran out; free some, or look for a file that is far larger than it should be"
+        )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again\n")
         return 130
     return 0
+
+
+def _told(why: str) -> int:
+    sys.stderr.write(f"error: {why}\n")
+    return 2

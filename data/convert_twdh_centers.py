@@ -7,7 +7,6 @@ data set. What is written, `<root>/<data set>/<long>.safetensors`, is what `mode
 arrays is taken out of a .pkl: a pickle that asks for anything else is refused before it runs.
 """
 
-import argparse
 import logging
 import pickle
 import sys
@@ -20,9 +19,10 @@ if not __package__:  # run as a script: the packages of the repository stand one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
-from data.command_line import exit_code
+from data.command_line import run_script
 from models.blocks.center_files import check_centers, write_centers
 from models.blocks.hash_centers import HashCenters, wrong_bits
+from utils.arguments import Parser
 from utils.files import make_folder
 
 log = logging.getLogger(__name__)
@@ -137,11 +137,10 @@ def convert(source: Path, root: Path) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line of the script; exit code 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="folder with long/, short/ and trans/")
     parser.add_argument("--root", type=Path, default=Path("data/twdh"), help="folder to write to (%(default)s)")
-    options = parser.parse_args(arguments)
-    return exit_code(lambda: convert(options.source, options.root), str(options.root))
+    return run_script(parser, lambda options: convert(options.source, options.root), arguments)
 
 
 def _is_plain(array: Tensor) -> bool:

@@ -22,10 +22,11 @@ from PIL import Image
 from common.config import Config, load_config
 from common.errors import UserError
 from common.registry import DATASETS
-from data.command_line import exit_code
+from data.command_line import run_script
 from data.mat_files import clean_text
 from dataset.base import PairedDataset
 from dataset.pictures.reading import Pictures
+from utils.arguments import Parser
 from utils.launch import pick_device
 from utils.logging import setup_logging
 from utils.progress import progress
@@ -194,9 +195,9 @@ def open_bare_dataset(config: Config) -> PairedDataset:
     return cls(config.dataset.model_copy(update=made))
 
 
-def base_parser(description: str) -> argparse.ArgumentParser:
+def base_parser(description: str) -> Parser:
     """The options that the scripts share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--config-file", required=True, help="names the data set, e.g. configs/VTPH/coco.yaml")
     parser.add_argument("--batch-size", type=positive, default=32, help="pictures at a time (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or a GPU's number (%(default)s)")
@@ -215,7 +216,7 @@ def positive(text: str) -> int:
 
 
 def run(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     work: Callable[[argparse.Namespace, Config, torch.device], None],
     arguments: Sequence[str] | None,
 ) -> int:
@@ -230,10 +231,9 @@ def run(
         Exit code.
     """
     setup_logging()
-    options = parser.parse_intermixed_args(arguments)
 
-    def configured() -> None:
+    def configured(options: argparse.Namespace) -> None:
         config = load_config(options.config_file, [*options.overrides, f"run.device={options.device}"])
         work(options, config, pick_device(config.run.device, distribute=False))
 
-    return exit_code(configured, "output")
+    return run_script(parser, configured, arguments)

@@ -7,7 +7,6 @@ same only one. Texts are what people wrote about them: the CLDR name, then keywo
 `openmoji_labels.yaml`. The files are those of the benchmark sets; `data/README.md` describes them and the licences.
 """
 
-import argparse
 import contextlib
 import hashlib
 import importlib.metadata
@@ -39,8 +38,9 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from common.yaml_layers import read_yaml
-from data.command_line import exit_code
+from data.command_line import run_script
 from data.mat_files import string_cells, string_rows, write_mat
+from utils.arguments import Parser
 from utils.files import in_turn, write_json, write_text
 from utils.progress import progress
 
@@ -396,18 +396,17 @@ def _missing(package: str) -> UserError:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the script; exit code 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = read_yaml(SETTINGS.read_text(encoding="utf-8"), str(SETTINGS))["dataset"]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--root", type=Path, default=Path(settings["root"]), help="folder to write (%(default)s)")
     parser.add_argument(
         "--size", type=int, default=settings["picture_size"], help="side of the pictures in pixels (%(default)s)"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw (%(default)s)")
-    options = parser.parse_args()
-    return exit_code(lambda: make(options.root, options.size, options.workers), str(options.root))
+    return run_script(parser, lambda options: make(options.root, options.size, options.workers), arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ what it found beside the known figures. `run` is a script's command line, `prepa
 import argparse
 import logging
 import shutil
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from data.command_line import exit_code
+from data.command_line import run_script
 from data.mat_files import string_cells, string_rows, write_set
 from data.source_files import Picture, scan_pictures
+from utils.arguments import Parser
 from utils.files import claimed, write_text
+from utils.output import say
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Pa
     report, summary = make_report(title, protocol, pairs, kept, pictures)
     if not whole.all() and not (skip_broken and whole.any()):
         write_text(root / REPORT, report)
-        sys.stdout.write(summary)
+        say(summary)
         raise UserError(
             f"{source}: {np.count_nonzero(~whole):,} of {len(whole):,} pictures are missing or broken, named in "
             f"{root / REPORT}; unpack them again, or leave these pairs out with --skip-broken"
@@ -113,7 +114,7 @@ def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Pa
         }
     )
     write_text(root / REPORT, report)
-    sys.stdout.write(summary)
+    say(summary)
     log.info("%s: index.mat, caption.mat, label.mat, labels.txt and %s are written", root, REPORT)
 
 
@@ -185,7 +186,7 @@ def run(
         Exit code.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"Prepares {title} from its official archives (data/README.md says where they are).",
         epilog="protocols: " + "; ".join(f"{key}: {value.rule} ({value.papers})" for key, value in protocols.items()),
     )
@@ -198,9 +199,8 @@ def run(
         help="which pairs (%(default)s); see below",
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out pairs whose picture is missing or broken")
-    options = parser.parse_args(arguments)
 
-    def prepare_set() -> None:
+    def prepare_set(options: argparse.Namespace) -> None:
         if not options.source.is_dir():
             raise UserError(f"--source {options.source}: no such folder; unpack the archives of {title} there")
         with claimed(options.root, "--root"):
@@ -209,7 +209,7 @@ def run(
             protocol = protocols[options.protocol]
             prepare(heading, protocol, pairs, options.source, options.root, options.skip_broken)
 
-    return exit_code(prepare_set, str(options.root))
+    return run_script(parser, prepare_set, arguments)
 
 
 def _is_whole(picture: Picture | None) -> bool:

@@ -1,5 +1,7 @@
 """What all preparation scripts promise: nothing half written, any kill survived, one clear line for every mistake."""
 
+import errno
+import io
 import os
 import random
 import shutil
@@ -262,6 +264,24 @@ def test_missing_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not (tmp_path / "root").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--protokol", "mith"], "did you mean '--protocol'"),
+        (["--skip"], "did you mean '--skip-broken'?"),  # no abbreviations: one more option would change what they mean
+        (["--protocol", "nosuch"], "invalid choice: 'nosuch'"),
+        (["--root"], "expected one argument"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_one_line(
+    wrong: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare("coco", tmp_path, tmp_path / "root", *wrong) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert not (tmp_path / "root").exists()
+
+
 def test_archives_unpacked_into_a_folder_each(tmp_path: Path) -> None:
     source = source_of("coco", tmp_path)
     for name in ("train2017", "val2017", "annotations"):
@@ -272,18 +292,57 @@ def test_archives_unpacked_into_a_folder_each(tmp_path: Path) -> None:
         assert (source / path.rstrip()).is_file() and (tmp_path / "root" / path.rstrip()).is_file()
 
 
-def test_interrupted_by_the_user(
+def test_a_report_that_nobody_reads_and_one_that_cannot_be_written(tmp_path: Path) -> None:
+    """The data set is there all the same, and nothing complains at the end of the process."""
+    source = source_of("wiki", tmp_path)
+    command = [sys.executable, str(REPOSITORY / "data/make_wiki.py"), "--source", str(source), "--root"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread, open("/dev/full", "w") as full:
+        for place, code, said in ((unread, 141, ""), (full, 2, "error: standard output cannot be written")):
+            root = tmp_path / str(code)
+            done = subprocess.run([*command, str(root)], stdout=place, stderr=subprocess.PIPE, text=True, check=False)
+            assert done.returncode == code and set(contents(root)) == WRITTEN
+            assert "Traceback" not in done.stderr and "Exception" not in done.stderr and said in done.stderr
+
+
+def test_a_report_for_a_terminal_of_another_encoding(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = miniatures.wiki(tmp_path / "source" / "ü").parent
+    (source / "ü/wikipedia_dataset/images/art/i1.jpg").unlink()
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    assert prepare("wiki", source, tmp_path / "root") == 2
+    assert b"  \\xfc/wikipedia_dataset/images/art/i1.jpg\n" in terminal.getvalue()
+    assert "1 of 5 pictures are missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
+        (MemoryError(), 2, "error: "),
+        (OSError(errno.EIO, "Input/output error"), 2, "Input/output error; mend it and run again"),
+    ],
+)
+def test_stopped_in_the_middle(
+    stop: BaseException,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, root = source_of("wiki", tmp_path), tmp_path / "root"
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stopped(*_: object) -> None:
+        raise stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(preparation, "make_report", interrupted)
-        assert prepare("wiki", source, root) == 130
-    assert "run the same command again" in capsys.readouterr().err
+        patched.setattr(preparation, "make_report", stopped)
+        assert prepare("wiki", source, root) == code
+    assert said in capsys.readouterr().err.splitlines()[-1]
     assert prepare("wiki", source, root) == 0
     assert "still to be checked" not in capsys.readouterr().err
 
