@@ -5,6 +5,7 @@ Official archives: `train2017.zip`, `val2017.zip`, `annotations_trainval2017.zip
     python data/make_coco.py --source /downloads/coco
 """
 
+import io
 import json
 import sys
 from array import array
@@ -22,7 +23,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, run
-from data.source_files import find
+from data.source_files import find, reading
 from utils.progress import progress
 
 PARTS = ("train2017", "val2017")
@@ -91,14 +92,20 @@ def read_objects(path: Path) -> tuple[dict[int, str], dict[int, npt.NDArray[np.b
     known: dict[int, str] = {}
 
     def image(entry: dict[str, Any]) -> None:
-        names[entry["id"]] = entry["file_name"]
+        number = _value(entry, "id", int)
+        if number in names:
+            raise ValueError(f"picture {number} is listed twice")
+        names[number] = _value(entry, "file_name", str)
 
     def annotation(entry: dict[str, Any]) -> None:
-        pictures.append(entry["image_id"])
-        categories.append(entry["category_id"])
+        pictures.append(_value(entry, "image_id", int))
+        categories.append(_value(entry, "category_id", int))
 
     def category(entry: dict[str, Any]) -> None:
-        known[entry["id"]] = entry["name"]
+        number, name = _value(entry, "id", int), _value(entry, "name", str)
+        if number in known or name in known.values():
+            raise ValueError(f"category {number} {name!r} is listed twice")
+        known[number] = name
 
     read_json(path, {"images": image, "annotations": annotation, "categories": category})
     columns = {number: column for column, number in enumerate(known)}
@@ -111,6 +118,8 @@ def read_objects(path: Path) -> tuple[dict[int, str], dict[int, npt.NDArray[np.b
         if number not in objects:
             objects[number] = np.zeros(len(columns), dtype=np.bool_)
         objects[number][columns[kind]] = True
+    if not objects:
+        raise UserError(f"{path}: has no object; unpack annotations_trainval2017.zip again")
     return names, objects, list(known.values())
 
 
@@ -129,7 +138,7 @@ def read_captions(path: Path) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
 
     def annotation(entry: dict[str, Any]) -> None:
-        captions.setdefault(int(entry["image_id"]), []).append(str(entry["caption"]))
+        captions.setdefault(_value(entry, "image_id", int), []).append(_value(entry, "caption", str))
 
     read_json(path, {"annotations": annotation})
     return captions
@@ -147,12 +156,11 @@ def read_json(path: Path, wanted: Mapping[str, Callable[[dict[str, Any]], None]]
     """
     missing = set(wanted)
     try:
-        size = path.stat().st_size  # nearly all characters of these files have one byte
         with (
-            path.open(encoding="utf-8", errors="replace") as stream,
-            progress(total=size, desc=path.name, unit="B", unit_scale=True) as bar,
+            reading(path) as content,  # nearly all characters of these files have one byte
+            progress(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar,
         ):
-            reader = _Reader(stream, bar)
+            reader = _Reader(io.TextIOWrapper(content, encoding="utf-8", errors="replace"), bar)
             reader.skip("{")
             while reader.peek() != "}":
                 key = reader.value()
@@ -170,9 +178,12 @@ def read_json(path: Path, wanted: Mapping[str, Callable[[dict[str, Any]], None]]
                     reader.value()
                 if reader.peek() != "}":
                     reader.skip(",")
+            reader.skip("}")
+            if reader.more():
+                raise ValueError("something stands behind its end")
     except EOFError:
         raise UserError(f"{path}: ends in the middle; unpack annotations_trainval2017.zip again") from None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:  # JSONDecodeError is a ValueError
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); unpack annotations_trainval2017.zip again") from error
     if missing:
         raise UserError(f"{path}: has no list {', '.join(sorted(missing))}; is it another file under this name?")
@@ -196,6 +207,14 @@ class _Reader:
             if self._ended:
                 raise EOFError
             self._fill()
+
+    def more(self) -> bool:
+        """Whether anything but blanks is left."""
+        try:
+            self.peek()
+        except EOFError:
+            return False
+        return True
 
     def skip(self, character: str) -> None:
         """Passes the character that must come next."""
@@ -223,6 +242,14 @@ class _Reader:
         chunk = self._stream.read(BUFFER)
         self._bar.update(len(chunk))
         self._text, self._at, self._ended = self._text[self._at :] + chunk, 0, not chunk
+
+
+def _value(entry: dict[str, Any], key: str, kind: type) -> Any:
+    """A value of an entry, which must be of a kind: a picture None or a caption True is none."""
+    value = entry[key]
+    if type(value) is not kind:
+        raise TypeError(f"{key} is {value!r}")
+    return value
 
 
 def _drop(entry: object) -> None:

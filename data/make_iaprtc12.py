@@ -23,8 +23,9 @@ if not __package__:  # run as a script: the packages of the repository stand one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
+from data.mat_files import made_here
 from data.preparation import Pairs, Protocol, run
-from data.source_files import find, parallel, read_bytes, read_lines
+from data.source_files import find, parallel, read_bytes, read_list
 from dataset.labels import read_labels
 from dataset.mat import INDEX_KEYS, LABEL_KEYS
 from dataset.mat_reader import read_variable, text_rows
@@ -136,38 +137,48 @@ def _distributed(source: Path) -> tuple[list[str], npt.NDArray[np.bool_]]:
     rows = text_rows(variable.value, None)
     if rows is None or any(len(row) != 1 or not row[0] for row in rows):
         raise UserError(f"{variable.place} is no list of picture names; fetch the file that belongs to {label.name}")
-    labels = read_variable(label, LABEL_KEYS)
-    return [row[0] for row in rows], read_labels(labels.value, len(rows), labels.place).numpy()
+    variable = read_variable(label, LABEL_KEYS)
+    labels = read_labels(variable.value, len(rows), variable.place).numpy()
+    if len(labels) != len(rows):
+        raise UserError(
+            f"{variable.place} has labels of {len(labels):,} items, {index} {len(rows):,} pictures; fetch files that "
+            "belong together"
+        )
+    return [row[0] for row in rows], labels
 
 
 def _first(source: Path, names: tuple[str, ...]) -> Path:
-    """The first of some files that is there."""
+    """The first of some files that is there, and was not written by a preparation into the same folder."""
+
+    def passed_on(path: Path) -> bool:
+        return path.exists() and not made_here(path)
+
     for name in names[:-1]:
         try:
-            return find(source, name, "")
+            return find(source, name, "", passed_on)
         except UserError:
             continue
-    return find(
-        source, names[-1], f"the label files that papers pass on ({' or '.join(names)}), or use --protocol lear"
-    )
+    archive = f"the label files that papers pass on ({' or '.join(names)}), or use --protocol lear"
+    return find(source, names[-1], archive, passed_on)
 
 
 def _lear(source: Path) -> tuple[list[str], npt.NDArray[np.bool_], list[str], dict[str, int]]:
     """Names of pictures, labels [N, C], words, and the lengths of both lists."""
-    words = read_lines(find(source, "iaprtc12_dictionary.txt", LEAR_ARCHIVE))
+    words = read_list(find(source, "iaprtc12_dictionary.txt", LEAR_ARCHIVE))
     names: list[str] = []
     labels: list[npt.NDArray[np.bool_]] = []
     lengths: dict[str, int] = {}
     for part in PARTS:
-        listed = read_lines(find(source, f"iaprtc12_{part}_list.txt", LEAR_ARCHIVE))
+        listed = read_list(find(source, f"iaprtc12_{part}_list.txt", LEAR_ARCHIVE))
         path = find(source, f"iaprtc12_{part}_annot.hvecs", LEAR_ARCHIVE)
-        values = np.frombuffer(read_bytes(path), dtype="<i2")  # every row: its length, then its values
-        if len(values) != len(listed) * (len(words) + 1):
+        content = read_bytes(path)
+        need = 2 * len(listed) * (len(words) + 1)  # every row: its length, then its values, 16 bits each
+        if len(content) != need:
             raise UserError(
-                f"{path}: has {len(values):,} numbers, not {len(words) + 1} for each of the {len(listed):,} pictures "
-                f"listed; unpack {LEAR_ARCHIVE} again"
+                f"{path}: has {len(content):,} bytes, not {need:,} for {len(words)} words and the {len(listed):,} "
+                f"pictures listed; unpack {LEAR_ARCHIVE} again"
             )
-        table = values.reshape(len(listed), len(words) + 1)
+        table = np.frombuffer(content, dtype="<i2").reshape(len(listed), len(words) + 1)
         if (table[:, 0] != len(words)).any() or not np.isin(table[:, 1:], (0, 1)).all():
             raise UserError(f"{path}: is no matrix of 0 and 1 with {len(words)} columns; unpack {LEAR_ARCHIVE} again")
         names += listed

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, run
-from data.source_files import find, parallel, read_lines
+from data.source_files import find, parallel, read_lines, read_list
 
 ANNOTATIONS = "mirflickr25k_annotations_v080.zip"
 PICTURES = 25_000
@@ -102,7 +102,7 @@ def numbered(folder: Path, prefix: str, suffix: str) -> dict[int, Path]:
     Returns:
         File by number, in ascending order.
     """
-    pattern = re.compile(re.escape(prefix) + "([0-9]+)" + re.escape(suffix))
+    pattern = re.compile(re.escape(prefix) + "([1-9][0-9]*)" + re.escape(suffix))  # of 1 and 01, not both
     found = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
@@ -111,12 +111,10 @@ def _numbers(path: Path) -> list[int]:
     """Picture numbers of a label."""
     if not path.exists():
         raise UserError(f"{path}: is not there; unpack {ANNOTATIONS} again")
-    lines = read_lines(path)
+    lines = read_list(path)
     for row, line in enumerate(lines, 1):
-        if not (line.isascii() and line.isdigit() and 1 <= int(line) <= PICTURES):
+        if not (re.fullmatch("[0-9]{1,9}", line) and 1 <= int(line) <= PICTURES):
             raise UserError(f"{path}: line {row} is no picture number from 1 to {PICTURES}; unpack the archive again")
-    if not lines:
-        raise UserError(f"{path}: is empty; unpack {ANNOTATIONS} again")
     return [int(line) for line in lines]
 
 

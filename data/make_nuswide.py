@@ -19,7 +19,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, run
-from data.source_files import find, parallel, read_bytes, read_lines
+from data.source_files import find, parallel, read_bytes, read_lines, read_list, reading
 from utils.progress import progress
 
 LABELS, TAGS = "Groundtruth.zip", "NUS_WID_Tags.zip"
@@ -68,7 +68,7 @@ def collect(source: Path, protocol: str) -> Pairs:
     list_file = find(source, "Imagelist.txt", "ImageList.zip")
     label_folder = find(source, "AllLabels", LABELS)
     prefix = find(source, "Flickr", "the pictures (folder Flickr)").relative_to(source).as_posix()
-    images = [PureWindowsPath(line).as_posix() for line in read_lines(list_file)]
+    images = [PureWindowsPath(line).as_posix() for line in read_list(list_file)]
 
     classes = TC10 if protocol == "tc10" else TC21
     files = [label_folder / f"Labels_{name}.txt" for name in classes]
@@ -81,7 +81,7 @@ def collect(source: Path, protocol: str) -> Pairs:
         texts = _all_tags(find(source, "All_Tags.txt", TAGS), images)
         facts["pictures without tags"] = sum(texts[row] == NO_TAGS for row in np.flatnonzero(kept))
     else:
-        names = read_lines(find(source, "TagList1k.txt", TAGS))
+        names = read_list(find(source, "TagList1k.txt", TAGS))
         texts = _frequent_tags(find(source, "AllTags1k.txt", TAGS), names, len(images))
         facts["frequent tags"] = len(names)
         if protocol == "mith":
@@ -119,7 +119,9 @@ def _all_tags(path: Path, images: list[str]) -> list[str]:
     _require_lines(path, len(lines), len(images), TAGS)
     for row, (line, image) in enumerate(zip(lines, images, strict=True), 1):
         if line[0] != Path(image).stem.rpartition("_")[2]:
-            raise UserError(f"{path}: line {row} is of picture {line[0]}, but Imagelist.txt has {image} there")
+            raise UserError(
+                f"{path}: line {row} is of picture {line[0]}, but Imagelist.txt has {image} there; unpack both again"
+            )
     return [line[1] if len(line) > 1 else NO_TAGS for line in lines]
 
 
@@ -140,7 +142,7 @@ def _indicators(path: Path, width: int) -> Iterator[npt.NDArray[np.bool_]]:
     """Rows of a text matrix of 0 and 1, [n, width] at a time."""
     rest, before = b"", 0
     with (
-        path.open("rb") as stream,
+        reading(path) as stream,
         progress(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar,
     ):
         while chunk := stream.read(ROWS_AT_A_TIME):

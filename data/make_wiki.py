@@ -18,7 +18,7 @@ if not __package__:  # run as a script: the packages of the repository stand one
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, run
-from data.source_files import find, parallel, read_bytes, read_lines
+from data.source_files import find, parallel, read_bytes, read_list
 
 ARCHIVE = "wikipedia_dataset.zip"
 CLASSES = "art biology geography history literature media music royalty sport warfare".split()
@@ -54,7 +54,7 @@ def collect(source: Path, protocol: str) -> Pairs:  # noqa: ARG001 - there is on
     facts: dict[str, int] = {}
     for part in PARTS:
         path = find(source, f"{part}_txt_img_cat.list", ARCHIVE)
-        lines = read_lines(path)
+        lines = read_list(path)
         facts[part] = len(lines)
         for row, line in enumerate(lines, 1):
             fields = line.split()

@@ -61,6 +61,18 @@ def write_set(files: Mapping[Path, Mapping[str, Array] | str]) -> None:
                 path.unlink(missing_ok=True)
 
 
+def made_here(path: Path) -> bool:
+    """Whether a file is one that `write_mat` wrote.
+
+    Args:
+        path: An existing file.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(HEADER)) == HEADER
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what the system says about a write that fails into one line for the user.

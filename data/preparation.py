@@ -7,6 +7,7 @@ what it found beside the known figures. `run` is a script's command line, `prepa
 
 import argparse
 import logging
+import os
 import shutil
 import textwrap
 from collections import Counter
@@ -19,14 +20,15 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from data.command_line import run_script
-from data.mat_files import string_cells, string_rows, write_set
+from data.mat_files import clean_text, made_here, string_cells, string_rows, write_set
 from data.source_files import Picture, scan_pictures
 from utils.arguments import Parser
-from utils.files import claimed, write_text
+from utils.files import claimed, is_utf8, write_text
 from utils.output import say
 
 log = logging.getLogger(__name__)
 
+MATS = ("index.mat", "caption.mat", "label.mat")
 REPORT = "check.txt"
 SHOWN = 10  # missing or broken pictures named on the terminal; the report names all
 
@@ -91,6 +93,7 @@ def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Pa
     """
     if not pairs.images:
         raise UserError(f"{source}: no pair has a label and, where the protocol asks for them, tags; unpack it again")
+    _require_writable(source, pairs)
     _require_room(root, pairs)
     pictures = scan_pictures(source, pairs.images, root)
     whole = np.array([_is_whole(pictures[image]) for image in pairs.images], dtype=np.bool_)
@@ -105,11 +108,12 @@ def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Pa
         )
     _link_pictures(source, root, kept.images)
     captions = string_rows([item[0] for item in kept.captions])[:, None] if kept.padded else string_cells(kept.captions)
+    index, caption, label = (root / name for name in MATS)
     write_set(
         {
-            root / "index.mat": {"index": string_rows(kept.images)},
-            root / "caption.mat": {"caption": captions},
-            root / "label.mat": {"category": kept.labels.astype(np.int64)},
+            index: {"index": string_rows(kept.images)},
+            caption: {"caption": captions},
+            label: {"category": kept.labels.astype(np.int64)},
             root / "labels.txt": "".join(f"{name}\n" for name in kept.classes),
         }
     )
@@ -203,7 +207,10 @@ def run(
     def prepare_set(options: argparse.Namespace) -> None:
         if not options.source.is_dir():
             raise UserError(f"--source {options.source}: no such folder; unpack the archives of {title} there")
+        if not os.access(options.source, os.R_OK | os.X_OK, effective_ids=True):
+            raise UserError(f"--source {options.source}: may not be read; allow it")
         with claimed(options.root, "--root"):
+            _require_own(options.root)
             pairs = collect(options.source, options.protocol)
             heading = f"{title}, protocol {options.protocol}"
             protocol = protocols[options.protocol]
@@ -214,6 +221,25 @@ def run(
 
 def _is_whole(picture: Picture | None) -> bool:
     return picture is not None and not picture.fault
+
+
+def _require_own(root: Path) -> None:
+    """Refuses a folder with files of others, such as those that authors pass on, which would be replaced."""
+    for name in MATS:
+        path = root / name
+        if path.exists() and not made_here(path):
+            raise UserError(f"{path}: was not made by this script; move it away, or choose another --root")
+
+
+def _require_writable(source: Path, pairs: Pairs) -> None:
+    """Refuses names that the files cannot hold as they are, so that nobody could find the pictures again."""
+    for what, names in (("picture", pairs.images), ("label", pairs.classes)):
+        for name in names:
+            if clean_text(name) != name or not is_utf8(name) or ".." in name.split("/"):
+                raise UserError(
+                    f"{source}: {what} {name!r} cannot stand in the files as it is: no '..', no line breaks, blanks "
+                    "only one at a time, nothing but UTF-8; rename it"
+                )
 
 
 def _require_room(root: Path, pairs: Pairs) -> None:

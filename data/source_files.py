@@ -7,9 +7,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -52,13 +53,14 @@ class Picture:
     digest: str = ""
 
 
-def find(source: Path, name: str, archive: str) -> Path:
+def find(source: Path, name: str, archive: str, fits: Callable[[Path], bool] = os.path.exists) -> Path:
     """Finds a file or folder of an unpacked archive, in the source folder or a few folders below it.
 
     Args:
-        source: Folder that the user names.
+        source: Folder that the user names; what may not be looked at below it is passed over.
         name: Relative path inside the archive, as short as it is unmistakable.
         archive: Which download holds it, for the message.
+        fits: Whether a path is one that is looked for.
 
     Returns:
         The nearest one; of equally near ones the first by name.
@@ -69,7 +71,7 @@ def find(source: Path, name: str, archive: str) -> Path:
     level = [source]
     for _ in range(SEARCH_DEPTH + 1):
         for folder in level:
-            if (folder / name).exists():
+            if fits(folder / name):
                 return folder / name
         level = [below for folder in level for below in _subfolders(folder)]
     raise UserError(f"{source}: {name} is not there; download {archive} and unpack it there (see data/README.md)")
@@ -91,6 +93,24 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def read_list(path: Path) -> list[str]:
+    """Lines of a file that lists something: as `read_lines`, at least one, and what names of files can be made of.
+
+    Args:
+        path: File in UTF-8.
+
+    Raises:
+        UserError: If it cannot be read, is empty, or has a NUL character.
+    """
+    lines = read_lines(path)
+    if not lines:
+        raise UserError(f"{path}: is empty; unpack the archive again")
+    for row, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise UserError(f"{path}: line {row} has a NUL character; unpack the archive again")
+    return lines
+
+
 def read_bytes(path: Path) -> bytes:
     """All bytes of a file.
 
@@ -100,10 +120,25 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         UserError: If it cannot be read.
     """
+    with reading(path) as stream:
+        return stream.read()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file of an archive; what the system says about a read that fails becomes one line for the user.
+
+    Args:
+        path: File to read.
+
+    Raises:
+        UserError: If it cannot be read, to the end of the block.
+    """
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path}: is no regular file; unpack the archive again")
     try:
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            yield stream
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); unpack the archive again") from error
 

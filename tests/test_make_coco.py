@@ -12,6 +12,8 @@ from data.make_coco import PROTOCOLS, collect, read_captions, read_json, read_ob
 from data.preparation import run
 from tests import miniatures
 
+TWO, CAR = '{"id": 2, "file_name": "a.jpg"}', '{"id": 3, "name": "car"}'
+
 
 def prepare(source: Path, root: Path, *more: str) -> int:
     return run("coco", "MS COCO 2017", PROTOCOLS, collect, ["--source", str(source), "--root", str(root), *more])
@@ -97,6 +99,16 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             "is damaged",
         ),
         ('{"images": [], "annotations": [{"image_id": 5, "category_id": 1}], "categories": []}', "names picture 5"),
+        ('{"images": [], "annotations": [], "categories": []}', "has no object"),
+        ('{"images": [], "annotations": [], "categories": []} [', "is damaged .something stands behind its end"),
+        ('{"images": ' + "[" * 100_000, "is damaged .*recursion"),
+        (f'{{"images": [{TWO}, {TWO}], "annotations": [], "categories": []}}', "picture 2 is listed twice"),
+        ('{"images": [{"id": 1, "file_name": null}], "annotations": [], "categories": []}', "file_name is None"),
+        (
+            '{"images": [], "annotations": [{"image_id": 5, "category_id": true}], "categories": []}',
+            "category_id is True",
+        ),
+        (f'{{"images": [], "annotations": [], "categories": [{CAR}, {CAR}]}}', "category 3 'car' is listed twice"),
     ],
 )
 def test_damaged_json(tmp_path: Path, content: str, said: str) -> None:
@@ -106,9 +118,10 @@ def test_damaged_json(tmp_path: Path, content: str, said: str) -> None:
         read_objects(path)
 
 
-def test_a_caption_of_a_picture_that_has_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", ['"image_id": "one", "caption": "a cat"', '"image_id": 1, "caption": null'])
+def test_a_caption_without_text_or_picture(tmp_path: Path, entry: str) -> None:
     path = tmp_path / "captions_train2017.json"
-    path.write_text('{"annotations": [{"image_id": "one", "caption": "a cat"}]}')
+    path.write_text(f'{{"annotations": [{{{entry}}}]}}')
     with pytest.raises(UserError, match="captions_train2017.json: is damaged"):
         read_captions(path)
 

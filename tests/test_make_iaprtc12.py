@@ -69,7 +69,20 @@ def ambiguous(source: Path) -> None:
 
 def cut(source: Path) -> None:
     path = source / "lear/iaprtc12_train_annot.hvecs"
-    path.write_bytes(path.read_bytes()[:-2])
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def fewer_labels(source: Path) -> None:
+    scipy.io.savemat(source / "labelList.mat", {"labels": np.ones((4, 255), np.uint8)})
+
+
+def more_labels(source: Path) -> None:
+    scipy.io.savemat(source / "labelList.mat", {"labels": np.ones((6, 255), np.uint8)})
+
+
+def empty_list(source: Path) -> None:
+    for name in ("iaprtc12_train_list.txt", "iaprtc12_train_annot.hvecs"):
+        (source / "lear" / name).write_bytes(b"")
 
 
 def not_binary(source: Path) -> None:
@@ -85,7 +98,10 @@ def not_binary(source: Path) -> None:
         ("dcmh", damage_text, "25.eng: has no whole <DESCRIPTION>"),
         ("dcmh", lose_labels, "--protocol lear"),
         ("dcmh", ambiguous, "'1004.jpg' of the list may be 01/1004 or 02/1004"),
-        ("lear", cut, "has 7 numbers, not 4 for each of the 2 pictures"),
+        ("dcmh", fewer_labels, "labelList.mat (labels) has labels of 4 items"),
+        ("dcmh", more_labels, "labelList.mat (labels) has labels of 6 items"),
+        ("lear", cut, "has 15 bytes, not 16 for 3 words and the 2 pictures listed"),
+        ("lear", empty_list, "iaprtc12_train_list.txt: is empty"),
         ("lear", not_binary, "is no matrix of 0 and 1 with 3 columns"),
     ],
 )
@@ -99,3 +115,23 @@ def test_damaged_file(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and said in error
     assert not list((tmp_path / "root").glob("*.mat"))
+
+
+def test_files_that_papers_pass_on_are_neither_replaced_nor_confused_with_our_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = miniatures.iaprtc12(tmp_path / "source")
+    for old, new in (("imgList.mat", "index.mat"), ("labelList.mat", "label.mat")):
+        (source / old).rename(source / new)
+    theirs = (source / "label.mat").read_bytes()
+    assert prepare(source, source, "dcmh") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "index.mat: was not made by this script" in error and "--root" in error
+    assert (source / "label.mat").read_bytes() == theirs
+
+    (source / "passed on").mkdir()
+    for name in ("index.mat", "label.mat"):
+        (source / name).rename(source / "passed on" / name)
+    assert prepare(source, source, "lear") == 0
+    assert prepare(source, source, "dcmh") == 0  # not from the files of `lear`, which are nearer
+    assert len(read(source)) == 5

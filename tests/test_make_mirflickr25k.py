@@ -76,6 +76,7 @@ def test_pictures_are_found_from_the_output_folder(tmp_path: Path) -> None:
     [
         ("sky.txt", "1\n2\n25001\n", "line 3 is no picture number"),
         ("sky.txt", "1\nsix\n", "line 2 is no picture number"),
+        ("sky.txt", "1" * 5000, "line 1 is no picture number"),  # more digits than Python takes for a number
         ("tree.txt", "", "is empty"),
     ],
 )
@@ -88,6 +89,14 @@ def test_damaged_label_file(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and name in error and said in error
     assert not list((tmp_path / "root").glob("*.mat"))
+
+
+def test_of_two_files_with_one_number_only_the_plain_name_counts(tmp_path: Path) -> None:
+    source = miniatures.mirflickr25k(tmp_path / "source")
+    whole = collect(source, "dcmht")
+    for zeros in ("0", "00", "000"):
+        miniatures.text(source / f"mirflickr/meta/tags/tags{zeros}1.txt", zeros)
+    assert collect(source, "dcmht").captions == whole.captions
 
 
 def test_missing_label_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

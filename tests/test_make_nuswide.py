@@ -78,6 +78,8 @@ def test_last_lines_may_lack_their_end(tmp_path: Path) -> None:
         ("NUS_WID_Tags/AllTags1k.txt", "1\t0\t0\t1\t\n", "1\t0\t", "AllTags1k.txt: line 6 has not 4 values"),
         ("NUS_WID_Tags/AllTags1k.txt", "1\t1\t0\t0\t\n", "1\t2\t0\t0\t\n", "AllTags1k.txt: line 1 has values other"),
         ("NUS_WID_Tags/TagList1k.txt", "sun\r\n", "", "AllTags1k.txt: line 1 has not 3 values"),
+        ("NUS_WID_Tags/TagList1k.txt", "blue\r\nsky\r\ntree\r\nsun\r\n", "", "TagList1k.txt: is empty"),
+        ("ImageList/Imagelist.txt", "actor\\0001", "actor\\\0", "Imagelist.txt: line 1 has a NUL character"),
     ],
 )
 def test_damaged_file(

@@ -50,6 +50,8 @@ def test_pairs_in_the_order_of_the_lists(tmp_path: Path) -> None:
     [
         ("testset_txt_img_cat.list", "dd-4\ti4\t3\nee-5\ti", "line 2 is not text, picture, category"),
         ("testset_txt_img_cat.list", "dd-4\ti4\t11\n", "line 1 is not text, picture, category"),
+        ("testset_txt_img_cat.list", "", "testset_txt_img_cat.list: is empty"),
+        ("testset_txt_img_cat.list", "dd-4\0\ti4\t3\n", "line 1 has a NUL character"),
         ("texts/dd-4.xml", "<article><text>About d", "dd-4.xml: has no whole <text>"),
     ],
 )

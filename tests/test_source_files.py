@@ -1,8 +1,7 @@
 """The source folder of a preparation: files are found and read, and every broken picture is noticed."""
 
 import io
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,11 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from data.source_files import JOURNAL, find, inspect_picture, read_lines, scan_pictures
+from data.make_coco import read_objects
+from data.source_files import JOURNAL, find, inspect_picture, read_bytes, read_lines, scan_pictures
 from dataset.pictures.reading import PictureFiles
 from tests import miniatures
-from tests.commands import ROOT
+from tests.disks import without_rights
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -56,11 +56,6 @@ def test_pictures_that_training_refuses_are_broken(tmp_path: Path, kind: type) -
         PictureFiles([str(path)], "here").read(0)
 
 
-def test_looking_at_pictures_loads_no_heavy_package() -> None:
-    command = [sys.executable, "-c", "import sys, data.preparation; print('torch' in sys.modules)"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "False\n"
-
-
 def test_find_takes_the_nearest(tmp_path: Path) -> None:
     for folder in ("a/b/c", "b/c", "d/e/f/g/h"):
         (tmp_path / folder / "x").mkdir(parents=True)
@@ -68,6 +63,20 @@ def test_find_takes_the_nearest(tmp_path: Path) -> None:
     assert find(tmp_path, "c/x", "x.zip") == tmp_path / "b/c/x"
     with pytest.raises(UserError, match="h/x is not there; download x.zip"):
         find(tmp_path, "h/x", "x.zip")
+
+
+def test_find_passes_over_what_may_not_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir(mode=0)
+    (tmp_path / "unpacked/x").mkdir(parents=True)
+    with without_rights(tmp_path):
+        assert find(tmp_path, "x", "x.zip") == tmp_path / "unpacked/x"
+
+
+def test_a_pipe_in_place_of_an_annotation_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "instances_train2017.json")
+    for read in (read_bytes, read_objects):
+        with pytest.raises(UserError, match="instances_train2017.json: is no regular file"):
+            read(tmp_path / "instances_train2017.json")
 
 
 def test_lines_part_only_at_line_feeds(tmp_path: Path) -> None:
