@@ -14,7 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load, which takes seconds: no traceback
 
 from common.errors import UserError
-from common.registry import DATASETS, INDEXES, MODELS, RUNNERS
+from common.registry import DATASETS, INDEXES, MODELS, OPTIMIZERS, RUNNERS
 from utils.arguments import Parser
 from utils.output import BROKEN_PIPE, say, table
 
@@ -55,9 +55,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--serve", type=Path, metavar="INDEX", help="a page and a JSON service on 127.0.0.1")
     command.add_argument("--export", type=Path, metavar="CHECKPOINT", help="image.onnx and text.onnx, into --save-dir")
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE",
-                        help="Python file that registers a method, runner or data set of your own")  # fmt: skip
+                        help="Python file that registers a method, data set, ... of your own")  # fmt: skip
     command.add_argument("--check-data", metavar="NAME", help="check a data set of configs/datasets, or of any YAML")
-    command.add_argument("--list", action="store_true", help="list methods, runners, data sets and index engines")
+    command.add_argument(
+        "--list", action="store_true", help="list methods, runners, data sets, optimizers and index engines"
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print every value and where it came from, and the runs of a sweep"
     )
@@ -81,7 +83,7 @@ def _shown(name: str) -> str:
 def list_registered() -> str:
     """All registered names with the first line of their documentation."""
     rows = [["kind", "name", "what it is"]]
-    for registry in (MODELS, RUNNERS, DATASETS, INDEXES):
+    for registry in (MODELS, RUNNERS, DATASETS, OPTIMIZERS, INDEXES):
         rows += [[registry.kind, name, what] for name, what in registry.described().items()]
         rows += [[registry.kind, module, f"could not be imported: {why}"] for module, why in registry.failed.items()]
     return table(rows)

@@ -16,11 +16,11 @@ import yaml
 from pydantic import ValidationError
 
 from common.errors import UserError
-from common.places import ROOT, Mark, locate, marks_of
+from common.places import COMMAND_LINE, ROOT, Mark, locate, marks_of
 from common.registry import DATASETS, MODELS, OPTIMIZERS, RUNNERS, Registry, near_names
 from common.schema_sources import schema_of
 from common.schemas import EvaluateConfig, RunConfig, Section, SweepConfig
-from common.yaml_layers import COMMAND_LINE, Tree, apply_overrides, layered, read_layers
+from common.yaml_layers import Tree, apply_overrides, layered, read_layers
 
 SECTIONS = ("model", "dataset", "optim", "run", "evaluate")
 DATASET_CONFIGS = ROOT / "configs/datasets"
@@ -289,6 +289,11 @@ def _schema_of_class(registry: Registry[Any], name: str) -> Any:
     schema = getattr(registry.get(name), "Config", None)
     if schema is None:
         raise UserError(f"{name} has no Config, the schema of its settings; give its class one")
+    if not (isinstance(schema, type) and issubclass(schema, Section) and {"name", "type"} & schema.model_fields.keys()):
+        raise UserError(
+            f"the Config of {name} is no schema of a {registry.kind}; derive it from ModelConfig, ClipModelConfig, "
+            "DatasetConfig or OptimizerConfig"
+        )
     return schema
 
 
@@ -361,6 +366,7 @@ def _validate(schema: type[Section], value: Tree, place: str, origins: Mapping[s
                 errors.append(f"{key}: missing; {way_out}{_place(key, origins)}")
             else:
                 text = item["msg"].removeprefix("Value error, ").replace("valid boolean", "boolean, true or false")
+                text = text.replace("a valid dictionary", "a mapping of names to values")
                 others = wanted.setdefault(key, [])
                 others.append(text.removeprefix("Input should be ") if others else text)
                 given[key] = item["input"]

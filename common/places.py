@@ -7,10 +7,9 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from common.yaml_layers import COMMAND_LINE
-
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
-CHECKPOINT = "the checkpoint"  # as the origin of a value
+COMMAND_LINE = "command line"  # as the origin of a value
+CHECKPOINT = "the checkpoint"  # the same
 
 
 class Mark(Enum):

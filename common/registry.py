@@ -13,6 +13,7 @@ import ast
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -68,9 +69,17 @@ class Registry(Generic[T]):
             folder: In paths; needed where another name differs from `name` in case only. None: `name`.
 
         Raises:
-            UserError: If the name is taken, or the name in paths, also if that differs in case only.
+            UserError: If the name is taken, or the name in paths, also if that differs in case only, or if paths cannot
+                have it.
         """
+        if not isinstance(name, str):  # @MODELS.register without a name would register nothing
+            raise UserError(f'a {self.kind} is registered under a name: write .register("MyName")')
         in_paths = name if folder is None else folder
+        if not re.fullmatch(r"[\w+-][\w.+-]*", in_paths):
+            raise UserError(
+                f"{self.kind} name {in_paths!r} cannot stand in paths; take letters, digits, '-', '_', '+' and '.', or "
+                "register it with a folder of its own"
+            )
 
         def decorate(cls: T) -> T:
             if not getattr(cls, "__module__", "").startswith(f"{self.package}."):
@@ -141,7 +150,8 @@ class Registry(Generic[T]):
     def _unknown(self, name: str, known: list[str], failed: str = "") -> UserError:
         near = near_names(name, known)
         return UserError(
-            f"unknown {self.kind} {name!r}{near or ';'} {'R' if near else 'r'}egistered: {', '.join(known)}{failed}"
+            f"unknown {self.kind} {name!r}{near or ';'} {'R' if near else 'r'}egistered: {', '.join(known)}{failed}; "
+            "one of your own is registered by its decorator, in a file that --import names"
         )
 
     @cached_property

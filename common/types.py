@@ -188,7 +188,9 @@ class DataInfo:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes C."""
+        """Number of classes C, for models that name `labels` among their fields."""
+        if "labels" not in self.field_shapes:
+            raise ValueError("labels are not among this model's fields, so it knows no classes; name them")
         return self.field_shapes["labels"][0]
 
     @property

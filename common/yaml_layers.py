@@ -1,8 +1,8 @@
 """YAML as layers: reading, merging parents and overrides, and where every value came from.
 
-A file names its parents in `base: [..]` (paths relative to the file); sections merge, scalars and lists replace, and so
-does a `dataset:` section of another `type`. `key=value` of the command line comes last. What the values mean stands in
-`common/config.py`.
+A file names its parents in `base: [..]` (beside the file, or in the repository); sections merge, scalars and lists
+replace, and so does a `dataset:` section of another `type`. `key=value` of the command line comes last. What the values
+mean stands in `common/config.py`.
 """
 
 import os
@@ -15,9 +15,9 @@ from typing import Any, cast
 import yaml
 
 from common.errors import UserError
+from common.places import COMMAND_LINE, locate
 
 Tree = dict[str, Any]
-COMMAND_LINE = "command line"  # as the origin of a value
 _LONGEST = 1 << 18  # characters of a YAML file
 _MOST_NODES = 100_000  # values of a YAML file, those that aliases repeat counted each time
 _DEEPEST = 32  # mappings inside each other
@@ -136,7 +136,7 @@ def read_layers(path: Path, origins: dict[str, str], below: tuple[Path, ...]) ->
             text = file.read(_LONGEST + 1)
     except OSError as error:
         asked_by = (
-            f", named in `base:` of {below[-1]}"
+            f", named in `base:` of {below[-1]}; it may lie beside that file, in the repository or here"
             if below
             else "; --config-file names a YAML file such as configs/MITH/config.yaml"
         )
@@ -152,7 +152,7 @@ def read_layers(path: Path, origins: dict[str, str], below: tuple[Path, ...]) ->
     merged: Tree = {}
     for parent in parents:
         own: dict[str, str] = {}
-        layer = read_layers(Path(os.path.normpath(path.parent / parent)), own, (*below, path.resolve()))
+        layer = read_layers(_found(parent, path), own, (*below, path.resolve()))
         _replace_other_kind(merged, layer, origins)
         origins.update(own)
         _merge(merged, layer)
@@ -163,6 +163,12 @@ def read_layers(path: Path, origins: dict[str, str], below: tuple[Path, ...]) ->
         origins[key] = str(path)
     _merge(merged, tree)
     return merged
+
+
+def _found(parent: str, path: Path) -> Path:
+    """Where a parent of a file lies."""
+    beside = Path(os.path.normpath(path.parent / parent))
+    return beside if beside.exists() else Path(locate(parent, str(path)))
 
 
 def _replace_other_kind(merged: Tree, layer: Tree, origins: dict[str, str]) -> None:

@@ -167,13 +167,15 @@ def import_file(path: Path) -> None:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"--import {path}: {type(error).__name__}: {error} ({line.filename}, line {line.lineno})"
-        ) from None
+    except UserError as error:
+        raise UserError(f"--import {path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        what = str(error)
+        if isinstance(error, SyntaxError) and error.filename == spec.origin:  # it does not run at all
+            lines, what = [error.lineno], error.msg
+        where = f", line {lines[-1]}" if lines else ""  # none of a file that is not text
+        raise UserError(f"--import {path}{where}: {type(error).__name__}: {what}") from None
 
 
 def overrides_of(options: argparse.Namespace) -> list[str]:

@@ -116,7 +116,7 @@ def encode_split(
             for side, (encode, fields) in encoders.items():
                 with watch_relaxed() as relaxed:
                     signs = encode(batch.only(fields))
-                _require_shape(signs, (len(batch["index"]), *model.code_shape), f"{type(model).__name__}.encode_{side}")
+                _require_codes(signs, (len(batch["index"]), *model.code_shape), f"{type(model).__name__}.encode_{side}")
                 codes[side].append((signs * (signs.abs() == 1)).to(torch.int8))  # 0 for what is no sign, such as 1.5
                 gaps[side].append(squared_gaps(relaxed, signs))
     model.train(was_training)
@@ -133,7 +133,11 @@ def encode_split(
     return SplitCodes(whole["image"], whole["text"], labels, mean_gaps)
 
 
-def _require_shape(codes: Tensor, expected: tuple[int, ...], place: str) -> None:
+def _require_codes(codes: Tensor, expected: tuple[int, ...], place: str) -> None:
+    """Refuses what cannot be codes; whether all are +-1 is told at the end, without waiting for the device here."""
+    if not isinstance(codes, Tensor) or codes.dtype is torch.bool or codes.is_complex():
+        kind = codes.dtype if isinstance(codes, Tensor) else f"a {type(codes).__name__}"
+        raise UserError(f"{place} returned {kind}; codes are a float32 tensor of -1 and +1, as sign_codes makes them")
     if codes.shape != expected:
         raise UserError(
             f"{place} returned codes of the shape {list(codes.shape)}; that of this batch is {list(expected)}"

@@ -20,11 +20,12 @@ from common.state_writer import StateWriter
 from common.types import Progress, StepOutput
 from models.base import HashingModel
 from runners import diagnostics, encoding
+from runners.contract import form_of_state, require_form, trained_groups
 from runners.evaluation import Evaluator, save_codes
 from runners.results import results_table, summarise
 from runners.resuming import RunState, check_resumable, claim_folder, newest_checkpoint, state_of
 from runners.selection import KEYS, out_of_patience, reported, watched_splits
-from runners.setup import autocast, build_model, open_dataset, require_trainable, spare_memory, training_loader
+from runners.setup import autocast, build_model, open_dataset, spare_memory, training_loader
 from runners.steps import StepLog, require_finite_loss, updates
 from utils.distributed import Votes, barrier, data_parallel, is_main
 from utils.files import write_json, write_text
@@ -76,9 +77,9 @@ class Runner:
         self.evaluator = Evaluator(self.config, self.dataset, self.model, self.device)
         self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)
-        require_trainable(self.model)
+        groups, self.form = trained_groups(self.model), form_of_state(self.model)
         spare_memory(self.model, run)
-        self.optimizers = build_optimizers(self.config.optim, self.model.param_groups(), self.steps)
+        self.optimizers = build_optimizers(self.config.optim, groups, self.steps)
         if loaded is not None:
             self.state = state_of(loaded, self.steps)
             restore_optimizers(self.optimizers, loaded.optimizers, f"checkpoint {loaded.path}")
@@ -187,6 +188,7 @@ class Runner:
             raise Interrupted(self.stop.signal, self.state.step, self.folder)
 
     def _save(self) -> None:
+        require_form(self.model, self.form)
         if is_main():
             states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             meta = self._meta(state=dataclasses.asdict(self.state))

@@ -24,6 +24,7 @@ from dataset.texts.tokenizer import SMALLEST, VOCABULARY
 from models.base import ClipModelConfig, HashingModel
 from models.clip.towers import CLIP
 from runners.backbone import find_backbone
+from runners.contract import require_backbone, require_whole
 from runners.encoding import KEY, encoding_of, shape_in
 from utils.distributed import barrier, is_main
 from utils.progress import progress
@@ -79,9 +80,7 @@ def build_model(
         UserError: If the method is not whole, the data lack a field that it needs, or the checkpoint does not fit.
     """
     cls: type[HashingModel] = MODELS.get(config.model.name)
-    lacking = [*sorted(cls.__abstractmethods__), *([] if hasattr(cls, "fields") else ["fields"])]
-    if lacking:
-        raise UserError(f"{config.model.name} lacks {', '.join(lacking)}, which models/base.py asks of every method")
+    require_whole(cls, config.model.name)
     if training:
         dataset.require("train", config.model.reads(cls.fields - cls.optional_fields))
     for split in encoded_splits(dataset):
@@ -104,6 +103,7 @@ def build_model(
             _check_sizes(towers.shape, "the CLIP of model:", dataset)
     if loaded is None or not loaded.is_ours:
         model.prepare(data)
+        require_backbone(model, data)
     if loaded is not None:
         load_weights(model, states, loaded)
     return model.to(device)
@@ -259,29 +259,6 @@ def _kind(value: Tensor) -> tuple[bool, bool]:
 def _same(one: Tensors, other: Tensors) -> bool:
     """Whether two states hold equal tensors under equal names."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def require_trainable(model: HashingModel) -> None:
-    """Refuses a model of which a part would silently stay as it is, or be lost.
-
-    Raises:
-        UserError: If a trainable parameter stands in no group, or a checkpoint cannot give the state back.
-    """
-    grouped = {id(p) for groups in model.param_groups().values() for group in groups.values() for p in group}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
-    if left_out:
-        raise UserError(
-            f"{type(model).__name__}.param_groups leaves out {len(left_out)} trainable parameters (first: "
-            f"{left_out[0]}); put them in a group, or set requires_grad_(False)"
-        )
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            what = f"is a {type(value).__name__}, but a checkpoint keeps tensors alone; keep it in a buffer"
-        elif any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride(), strict=True)):
-            what = "has several places for one number (expand), so nothing can be read into it; register a clone()"
-        else:
-            continue
-        raise UserError(f"{type(model).__name__}: {name} of its state {what}")
 
 
 def spare_memory(model: HashingModel, run: RunConfig) -> None:

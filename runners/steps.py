@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.types import StepOutput
+from common.types import Stage, StepOutput
 from utils.distributed import average_gradients
 
 
@@ -41,7 +41,14 @@ def updates(
         raise UserError("the loss of a training step depends on no trainable parameter; look for detach() or no_grad()")
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
+    try:
+        output.loss.backward()
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise UserError(
+            "the loss of a training step depends on an earlier step's graph; detach() what is kept from step to step"
+        ) from None
     yield "loss", output
     for optimizer in optimizers.values():
         optimizer.step()
@@ -67,10 +74,17 @@ def _require_numbers(name: str, output: StepOutput) -> None:
     """Refuses what torch would refuse in words that do not name it."""
     if not isinstance(output, StepOutput):
         raise UserError(f"the {name} of a training step is a {type(output).__name__}; return StepOutput(loss, terms)")
+    if not isinstance(output.terms, Mapping) or name in output.terms:
+        wrong = f"include {name!r} itself" if isinstance(output.terms, Mapping) else "are no dict"
+        raise UserError(f"the terms beside the {name} of a training step {wrong}; give name -> scalar, other names")
+    if not all(isinstance(stage, Stage) for stage in output.stages):
+        raise UserError(f"the stages beside the {name} of a training step are no Stages; see common/types.py")
     for what, value in {name: output.loss, **output.terms}.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
             kind = f"of the shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise UserError(f"{what} of a training step is {kind}; a loss or a term is one number, as mean() gives it")
+        if value.is_complex():
+            raise UserError(f"{what} of a training step is complex; take its real part or its magnitude")
 
 
 class StepLog:
@@ -93,8 +107,12 @@ class StepLog:
         """Takes what the passes of a step gave: the loss of each under its name, and its terms."""
         values: dict[str, Tensor] = {}
         for name, output in passes:
-            values.update({name: output.loss, **output.terms})
-        together = torch.stack([value.detach().float() for value in values.values()])
+            found = {name: output.loss, **output.terms}
+            if not values.keys().isdisjoint(found):
+                twice = ", ".join(sorted(values.keys() & found.keys()))
+                raise UserError(f"two passes of a training step have values called {twice}; give each its own name")
+            values |= found
+        together = torch.stack([value.detach().float().reshape(()) for value in values.values()])
         self._waiting.append((step, tuple(values), together))
 
     def read(self) -> list[tuple[int, dict[str, float]]]:

@@ -42,6 +42,15 @@ def test_later_layers_win_and_origins_are_kept(tmp_path: Path) -> None:
     assert config.origins["run.precision"].endswith("configs/base.yaml")
 
 
+def test_parents_are_found_beside_the_file_or_in_the_repository(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("base: [configs/MITH/coco.yaml]\nrun: {epochs: 3}\n")
+    assert load_config(child).dataset.name == "coco"
+    (tmp_path / "configs/MITH").mkdir(parents=True)
+    (tmp_path / "configs/MITH/coco.yaml").write_text(f"base: [{MITH}]\ndataset: {{name: mine}}\n")
+    assert load_config(child).dataset.name == "mine"
+
+
 def test_resolved_yaml_alone_reproduces_the_config(tmp_path: Path) -> None:
     config = load_config(MITH, ["run.epochs=2"])
     alone = tmp_path / "alone.yaml"

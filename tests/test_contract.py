@@ -1,6 +1,7 @@
 """The contract of `models/base.py`, for every registered method from its own YAML."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import re
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from common.config import load_config
+from common.errors import UserError
 from common.registry import MODELS
-from common.types import Batch, Progress, StepOutput
+from common.types import Backbone, Batch, Progress, StepOutput
 from models.base import HashingModel
+from models.clip.towers import CLIP
+from runners.contract import require_backbone
 from runners.steps import updates
 from tests import tiny_models as tiny
 
@@ -200,6 +204,18 @@ def test_shared_code_branches_on_no_method(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not words & set(METHODS), path
+
+
+def test_a_prepare_that_leaves_clip_as_it_was_drawn_is_refused() -> None:
+    data = tiny.data_info(tiny.rows_of(), "")
+    other = CLIP(tiny.SHAPE).state_dict()
+    data = dataclasses.replace(data, backbone=Backbone(tiny.SHAPE, other, "tiny"))
+    cls = MODELS.get("DNpH")
+    model = cls(cls.Config.model_validate(tiny.section("DNpH")), data)
+    with pytest.raises(UserError, match=r"DNpH.prepare left CLIP without its weights; call super\(\).prepare"):
+        require_backbone(model, data)
+    model.prepare(data)
+    require_backbone(model, data)
 
 
 def _name(model: HashingModel) -> str:

@@ -37,6 +37,7 @@ def test_list_names_every_method_runner_and_data_set() -> None:
         "CLIP",
         "Runner",
         "openmoji",
+        "BertAdam",
     ):
         line = next(line for line in out.splitlines() if f" {name} " in f"{line} ")
         assert len(line.split()) > 4, line
@@ -183,6 +184,12 @@ def test_a_method_from_outside_trains(tmp_path: Path, tiny_overrides: list[str])
     assert code == 0 and "Linear codes of pixels and words." in out, err
 
 
+MODULES = "model.name: the Config of Toy is no schema of a model; derive it from ModelConfig"
+GROUPS = '{"main": {"all": list(self.parameters())}}'
+BANK = "self.bank = torch.zeros(3, 16)\n        self.image"
+LAZY = """if not hasattr(self, "bank"):
+            self.register_buffer("bank", torch.zeros(16))
+        labels = gather"""
 BUFFER = 'self.register_buffer("rows", torch.ones(3, 1).expand(3, 4))\n        self.image'
 EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    def encode_image'
 
@@ -196,6 +203,16 @@ EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    d
         ("def encode_text", "def encode_words", "Toy lacks encode_text, which models/base.py"),
         ("1.0, -1.0)", "1.0, -1.0)[:, :8]", "Toy.encode_image returned codes of the shape [8, 8]; that of this batch"),
         ("1.0, -1.0)", "1.0, -1.5)", "Toy.encode_image returned codes other than -1 and +1"),
+        ("class ToyConfig(ModelConfig)", "class ToyConfig", MODULES),
+        ("(HashingModel)", "(nn.Module)", "Toy is no HashingModel; derive its class from"),
+        ('frozenset({"image", "bag_of_words", "labels"})', '"image"', "Toy.fields is no set of names; write frozenset"),
+        (GROUPS, "list(self.parameters())", "Toy.param_groups returns no {optimizer: {group: parameters}}"),
+        ("list(self.parameters())", "self.image.weight", "Toy.param_groups: main.all is no list of parameters"),
+        ("list(self.parameters())", "[self.image.weight]", "Toy.param_groups leaves out 3 trainable parameters"),
+        ("1.0, -1.0)", "1.0, -1.0) > 0", "Toy.encode_image returned torch.bool; codes are a float32 tensor"),
+        ("1.0, -1.0)", "1.0, -1.0).numpy()", "Toy.encode_image returned a ndarray; codes are"),
+        ("self.image", BANK, "Toy: bank is a tensor that no checkpoint keeps and no device gets; register it"),
+        ("labels = gather", LAZY, "Toy: bank of its state was nothing and is now [16] torch.float32, so that no"),
         ("self.image", BUFFER, "Toy: rows of its state has several places for one number"),
     ],
 )
@@ -215,10 +232,16 @@ def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such Python file"):
         import_file(file)
     file.write_text("x = 1\nprint(undefined_name)\n")
-    with pytest.raises(UserError, match=r"NameError.*undefined_name.*line 2"):
+    with pytest.raises(UserError, match=r"mine.py, line 2: NameError.*undefined_name"):
         import_file(file)
-    file.write_text("def broken(:\n")
-    with pytest.raises(UserError, match="SyntaxError"):
+    file.write_text("x = 1\ndef broken(:\n")
+    with pytest.raises(UserError, match=r"mine.py, line 2: SyntaxError: invalid syntax$"):
+        import_file(file)
+    file.write_text("import sys\nsys.exit(3)\n")  # a script that begins at once
+    with pytest.raises(UserError, match=r"mine.py, line 2: SystemExit: 3$"):
+        import_file(file)
+    file.write_text("from common.registry import MODELS\n@MODELS.register\nclass Mine: ...\n")
+    with pytest.raises(UserError, match=r'mine.py: a model is registered under a name: write .register\("MyName"\)'):
         import_file(file)
     file.write_text("from common.registry import MODELS\nMODELS.register('mith')(int)\n")
     with pytest.raises(UserError, match="'mith' would share the folders of 'MITH'"):

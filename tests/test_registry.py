@@ -67,6 +67,15 @@ def test_names_are_unique_and_names_in_paths_are_so_ignoring_case() -> None:
     assert (registry.get("LION"), registry.folder("LION")) == (float, "LION-2")
 
 
+@pytest.mark.parametrize("name", ["Lion/Cub", "..", "", "Lion Cub"])
+def test_names_can_stand_in_paths(name: str) -> None:
+    registry: Registry[type] = Registry("model", "models")
+    with pytest.raises(UserError, match="cannot stand in paths"):
+        registry.register(name)
+    registry.register(name, folder="Lion")(int)
+    assert registry.folder(name) == "Lion"
+
+
 def test_methods_that_differ_in_case_only_are_both_near() -> None:
     with pytest.raises(UserError, match="did you mean 'DNPH' or 'DNpH'"):
         MODELS.get("dnph")

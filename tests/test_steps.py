@@ -1,5 +1,7 @@
 """What comes after a training step's loss: the order of passes and updates, and a log that is read late."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -50,8 +52,30 @@ def test_values_are_read_together_in_order() -> None:
             r"balance of .* of the shape \[2, 1\]",
         ),
         (StepOutput(torch.ones(())), "depends on no trainable parameter"),
+        (StepOutput(torch.ones((), dtype=torch.complex64)), "loss of a training step is complex"),
+        (StepOutput(torch.ones(()), {"loss": torch.ones(())}), "terms beside the loss of .* include 'loss' itself"),
+        (StepOutput(torch.ones(()), cast(Any, [torch.ones(())])), "terms beside the loss of .* are no dict"),
+        (StepOutput(torch.ones(()), {}, cast(Any, [abs])), "stages beside the loss of .* are no Stages"),
     ],
 )
 def test_what_is_no_loss_is_named(output: StepOutput, said: str) -> None:
     with pytest.raises(UserError, match=said):
         next(updates(output, {}))
+
+
+def test_what_is_kept_of_an_earlier_step_must_be_detached() -> None:
+    weight = Parameter(torch.ones(3))
+    optimizers = {"main": torch.optim.SGD([weight], lr=0.1)}
+    kept = weight.square()
+    assert [name for name, _ in updates(StepOutput(kept.sum()), optimizers)] == ["loss"]
+    with pytest.raises(UserError, match=r"depends on an earlier step's graph; detach\(\)"):
+        next(updates(StepOutput((kept * weight).sum()), optimizers))
+
+
+def test_a_loss_of_one_row_counts_and_no_value_of_the_log_hides_another() -> None:
+    log = StepLog(1)
+    row = StepOutput(torch.ones(1), {"term": torch.tensor(2.0)})
+    log.add(0, [("loss", row)])
+    assert log.read() == [(0, {"loss": 1.0, "term": 2.0})]
+    with pytest.raises(UserError, match="two passes of a training step have values called term"):
+        log.add(1, [("loss", row), ("other", row)])

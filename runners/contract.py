@@ -1,0 +1,133 @@
+"""Guards of the contract of `models/base.py`: what a method gives is checked where it is first taken."""
+
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.types import DataInfo
+from models.base import ClipHashingModel, HashingModel, ParamGroups
+
+_OF_TORCH = vars(nn.Module()).keys()  # what every module keeps of its own
+Form = dict[str, tuple[torch.Size, torch.dtype]]  # name of an entry of a state -> its shape and kind
+
+
+def require_whole(cls: Any, name: str) -> None:
+    """Refuses a registered class that lacks something which every method has.
+
+    Args:
+        cls: What is registered.
+        name: Under which name.
+
+    Raises:
+        UserError: With what is lacking.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, HashingModel)):
+        raise UserError(f"{name} is no HashingModel; derive its class from ClipHashingModel or HashingModel")
+    lacking = [*sorted(cls.__abstractmethods__), *([] if hasattr(cls, "fields") else ["fields"])]
+    if lacking:
+        raise UserError(f"{name} lacks {', '.join(lacking)}, which models/base.py asks of every method")
+    for fields in ("fields", "image_fields", "text_fields", "optional_fields"):
+        value = getattr(cls, fields)
+        if not isinstance(value, Set) or not all(isinstance(field, str) for field in value):
+            raise UserError(f'{name}.{fields} is no set of names; write frozenset({{"image", "text"}}) with your own')
+
+
+def require_backbone(model: HashingModel, data: DataInfo) -> None:
+    """Refuses a prepared method whose CLIP has nothing of the pretrained weights.
+
+    Raises:
+        UserError: As said.
+    """
+    if isinstance(model, ClipHashingModel) and data.clip.weights is not None:
+        own = model.backbone.state_dict()
+        matrices = (name for name, value in data.clip.weights.items() if value.ndim > 1)
+        if not any(torch.equal(own[name], data.clip.weights[name].to(own[name].dtype)) for name in matrices):
+            raise UserError(
+                f"{type(model).__name__}.prepare left CLIP without its weights; call super().prepare(data) in it"
+            )
+
+
+def trained_groups(model: HashingModel) -> ParamGroups:
+    """What `param_groups` says, each group as a list.
+
+    Raises:
+        UserError: If it has another form, or a trainable parameter stands in no group.
+    """
+    place, said = f"{type(model).__name__}.param_groups", model.param_groups()
+    if not isinstance(said, Mapping) or not all(isinstance(groups, Mapping) for groups in said.values()):
+        raise UserError(
+            f'{place} returns no {{optimizer: {{group: parameters}}}}, such as {{"main": {{"head": [...]}}}}'
+        )
+    taken: ParamGroups = {}
+    for name, groups in said.items():
+        taken[name] = {}
+        for group, parameters in groups.items():
+            members = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+            if isinstance(parameters, Tensor) or not all(isinstance(p, nn.Parameter) for p in members):
+                raise UserError(f"{place}: {name}.{group} is no list of parameters, as list(self.head.parameters()) is")
+            taken[name][group] = members
+    grouped = {id(parameter) for groups in taken.values() for group in groups.values() for parameter in group}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
+    if left_out:
+        raise UserError(
+            f"{place} leaves out {len(left_out)} trainable parameters (first: {left_out[0]}); put them in a group, or "
+            "set requires_grad_(False)"
+        )
+    return taken
+
+
+def form_of_state(model: HashingModel) -> Form:
+    """Names, shapes and kinds of what a checkpoint keeps of a model.
+
+    Raises:
+        UserError: If a checkpoint cannot keep all of its state, or not give it back.
+    """
+    for name in _loose_tensors(model):
+        raise UserError(
+            f"{type(model).__name__}: {name} is a tensor that no checkpoint keeps and no device gets; register it with "
+            "register_buffer, or use a local variable"
+        )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            what = f"is a {type(value).__name__}, but a checkpoint keeps tensors alone; keep it in a buffer"
+        elif any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride(), strict=True)):
+            what = "has several places for one number (expand), so nothing can be read into it; register a clone()"
+        else:
+            continue
+        raise UserError(f"{type(model).__name__}: {name} of its state {what}")
+    return {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+
+
+def require_form(model: HashingModel, form: Form) -> None:
+    """Refuses a state that has changed its form in training: a checkpoint is read into a model that is built anew.
+
+    Args:
+        model: The model.
+        form: Of its state before the first step.
+
+    Raises:
+        UserError: With the first entry that differs.
+    """
+    now = form_of_state(model)
+    for name in sorted(form.keys() | now.keys()):
+        if form.get(name) != now.get(name):
+            before, after = (f"{list(of[name][0])} {of[name][1]}" if name in of else "nothing" for of in (form, now))
+            raise UserError(
+                f"{type(model).__name__}: {name} of its state was {before} and is now {after}, so that no checkpoint "
+                "could be read back; register it with its final shape and write into it"
+            )
+
+
+def _loose_tensors(model: HashingModel) -> Iterator[str]:
+    """Names of tensors that modules hold beside their parameters and buffers, singly or in a list, tuple or dict."""
+    registered = {id(value) for value in (*model.parameters(), *model.buffers())}
+    for place, module in model.named_modules():
+        for key, value in vars(module).items():
+            inside = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            )
+            if key not in _OF_TORCH and any(isinstance(v, Tensor) and id(v) not in registered for v in inside):
+                yield f"{place}.{key}".lstrip(".")
