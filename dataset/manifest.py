@@ -93,7 +93,7 @@ class ManifestDataset(PairedDataset):
         fixed = None if config.label_names is None else _label_names(Path(config.label_names))
         numbers = {} if fixed is None else {name: number for number, name in enumerate(fixed)}
         rows = _read(path, root, numbers, fixed is not None)
-        pictures = PictureFiles(_find_pictures(path, root, rows), str(path))
+        pictures = PictureFiles(_find_pictures(path, root, rows), str(path), rows.lines)
         self._image_captions = _image_captions(path, rows)
         labels = _multi_hot(rows, len(numbers))
         if set(numbers) == {"0", "1"} and labels.all():

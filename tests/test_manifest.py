@@ -68,7 +68,7 @@ def test_the_example_of_the_page_runs(tmp_path: Path, tiny_overrides: list[str])
     for number in range(1, 6):
         datasets.smooth_picture(number, 40, 30).save(tmp_path / f"{number}.jpg")
     recipe = tmp_path / "pets.yaml"
-    recipe.write_text(fenced("yaml").replace("configs/", f"{ROOT}/configs/"))
+    recipe.write_text(fenced("yaml"))
     code, out, err = run("--check-data", recipe, "--save-dir", tmp_path / "check")
     assert code == 0, err
     assert re.search(r"^cat +3 +60.0% ", out, re.M) and re.search(r"^sofa +2 +40.0% ", out, re.M)
@@ -94,6 +94,10 @@ def test_what_rows_become(tmp_path: Path) -> None:
     assert not sides[0] & (sides[1] | sides[2]) and not sides[1] & sides[2]
     assert {"image", "text", "labels", "image_caption"} <= data.offers("query").keys()
     assert {"counterpart_image", "counterpart_caption"} <= data.offers("train").keys()
+
+    (folder / "7.png").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"7\.png \(line 8 of .*m\.jsonl\) .*remove the line"):
+        data.pictures.read(7)
 
     (tmp_path / "names.txt").write_text("sofa\ncat\ndog\nbird\n")
     ordered = opened(tmp_path / "m.jsonl", f"dataset.label_names={tmp_path / 'names.txt'}")

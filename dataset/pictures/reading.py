@@ -80,11 +80,13 @@ class PictureFiles(Pictures):
     Args:
         paths: One file per picture.
         place: What lists them, for messages: the index file.
+        lines: The line there of each picture, where it is a text file.
     """
 
-    def __init__(self, paths: Sequence[str], place: str) -> None:
+    def __init__(self, paths: Sequence[str], place: str, lines: Sequence[int] | None = None) -> None:
         self.paths = np.array(paths, dtype=np.str_)  # one block: worker processes share it without copying
         self.place = place
+        self.lines = lines
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -108,11 +110,12 @@ class PictureFiles(Pictures):
     def _opened(self, number: int) -> AbstractContextManager[Image.Image]:
         """One picture, not yet decoded."""
         path = str(self.paths[number])
+        row = f"row {number}" if self.lines is None else f"line {self.lines[number]}"
         return opened(
             path,
-            f"picture {path} (row {number} of {self.place})",
+            f"picture {path} ({row} of {self.place})",
             found="set dataset.image_root to its folder",
-            instead="remove its row from all files",
+            instead="remove its row from all files" if self.lines is None else "remove the line",
         )
 
 
