@@ -91,6 +91,8 @@ def build_model(
         inside = {"": loaded.model} if loaded.is_ours else unwrapped(loaded.model)
         states = {prefix: value if loaded.is_ours else cls.import_reference(value) for prefix, value in inside.items()}
         theirs = flatten(loaded.config).get("model.name") if loaded.is_ours else config.model.name
+        if not isinstance(theirs, str):
+            raise UserError(f"checkpoint {loaded.path} does not say which method it is of; use another")
         if theirs != config.model.name:
             raise UserError(
                 f"checkpoint {loaded.path} is of {theirs}, not of {config.model.name}; give a config of {theirs}"

@@ -186,6 +186,9 @@ def test_checkpoint_that_cannot_be_read(trained: Path, tmp_path: Path, tiny_over
     assert "evil.pt" in refused(*settings, "--evaluate", tmp_path / "evil.pt")
     torch.save({"w": torch.ones(2)}, tmp_path / "foreign.pt")
     assert "does not fit" in refused(*settings, "--evaluate", tmp_path / "foreign.pt")
+    content = torch.load(trained / "best.pt", weights_only=True)
+    torch.save({**content, "meta": json.dumps({"config": {"model": None}})}, tmp_path / "nameless.pt")
+    assert "does not say which method it is of" in refused(*settings, "--evaluate", tmp_path / "nameless.pt")
 
 
 def test_a_checkpoint_names_no_place_and_starts_no_process(trained: Path, tmp_path: Path) -> None:

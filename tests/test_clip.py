@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.errors import UserError
 from common.types import ClipShape
-from models.clip.towers import CLIP, ResidualBlock, Transformer
+from models.clip.towers import CLIP, ResidualBlock, Transformer, without_padding
 from runners.setup import autocast
 from utils.launch import pick_device
 
@@ -191,6 +191,16 @@ def test_length_of_the_padding_does_not_matter(small: CLIP) -> None:
     longer = nn.functional.pad(ids, (0, 28))
     torch.testing.assert_close(small.text_features(longer), small.text_features(ids))
     torch.testing.assert_close(small.text_features(longer, longer == 0), small.text_features(ids, ids == 0))
+
+
+def test_what_is_cut_is_padding_of_all_texts() -> None:
+    ids = small_texts()
+    assert without_padding(nn.functional.pad(ids, (0, 28))).equal(ids)
+    assert without_padding(ids[[1, 1]]).equal(ids[[1, 1], :2])
+    behind = ids[:1].clone()
+    behind[0, -1] = 5  # behind its end-of-text, but no padding
+    assert without_padding(behind).equal(behind)
+    assert without_padding(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3)
 
 
 def test_padding_mask_leaves_ordinary_words_alone(small: CLIP) -> None:

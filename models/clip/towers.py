@@ -288,7 +288,7 @@ class CLIP(nn.Module):
     def text_features(self, ids: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Pooled features of texts.
 
-        Tokens behind the last end-of-text of the batch are not computed: no earlier token sees them.
+        Tokens that are padding in all texts are not computed where that is quicker, see `without_padding`.
 
         Args:
             ids: Token ids, [B, L] int64, L at most the context length.
@@ -300,10 +300,8 @@ class CLIP(nn.Module):
         Raises:
             UserError: If the texts are longer than the context.
         """
-        if ids.numel() and not torch.compiler.is_compiling():  # a length that varies would compile anew
-            length = int(ids.argmax(dim=-1).max()) + 1
-            ids = ids[:, :length]
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[:, :length]
+        ids = without_padding(ids)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask[:, : ids.shape[1]]
 
         def pooled(rows: Tensor, mask: Tensor | None) -> Tensor:
             return self._project_text(_at_end_of_text(self._text_tower(rows, mask), rows))
@@ -383,6 +381,24 @@ class CLIP(nn.Module):
     def _join_text(self, x: Tensor) -> Tensor:
         """Projection of tokens after the last normalisation, [..., W], into the joint space, [..., E]."""
         return (x @ self.text_projection).to(self.text_projection.dtype)
+
+
+def without_padding(ids: Tensor) -> Tensor:
+    """Texts cut behind the longest of them: what follows is padding of all, which no earlier token looks at.
+
+    They stay as they are on an accelerator, which a step would have to wait for to know the length, and in what is
+    compiled, where a length that varies would compile anew.
+
+    Args:
+        ids: Token ids, [B, L] int64; 0 is padding.
+
+    Returns:
+        [B, L'] with L' at most L.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return ids
+    used = ids.any(dim=0).nonzero()
+    return ids[:, : int(used[-1]) + 1] if len(used) else ids
 
 
 def _at_end_of_text(tokens: Tensor, ids: Tensor) -> Tensor:
