@@ -63,7 +63,7 @@ def test_files_exist(page: Path) -> None:
 def test_options_exist(page: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         shown: list[str] = []
-        patch.setattr("main.say", shown.append)
+        patch.setattr("utils.arguments.say", shown.append)
         with pytest.raises(SystemExit):
             parse_arguments(["--help"])
     own = set(re.findall(r"--[\w-]+", shown[0]))
