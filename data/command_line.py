@@ -3,10 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from common.errors import UserError
 from utils.arguments import Parser
 from utils.output import BROKEN_PIPE
+from utils.signals import heed_interrupts
 
 
 def run_script(parser: Parser, work: Callable[[argparse.Namespace], object], arguments: Sequence[str] | None) -> int:
@@ -21,6 +23,7 @@ def run_script(parser: Parser, work: Callable[[argparse.Namespace], object], arg
         0; 2 for a mistake of the user or a fault of the disk; 130 if the user interrupted it, 141 if nobody reads what
         it prints.
     """
+    heed_interrupts()
     try:
         work(parser.parse_intermixed_args(arguments))
     except UserError as error:
@@ -37,6 +40,13 @@ def run_script(parser: Parser, work: Callable[[argparse.Namespace], object], arg
         sys.stderr.write("interrupted; run the same command again\n")
         return 130
     return 0
+
+
+def named_path(text: str) -> Path:
+    """A path, for argparse; none that is empty, as where a variable of a shell is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a path")
+    return Path(text)
 
 
 def _told(why: str) -> int:

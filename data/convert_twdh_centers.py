@@ -12,14 +12,17 @@ import pickle
 import sys
 from pathlib import Path
 
+if not __package__:  # run as a script: the packages of the repository stand one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
+
 import torch
 from torch import Tensor
 
-if not __package__:  # run as a script: the packages of the repository stand one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.errors import UserError
-from data.command_line import run_script
+from data.command_line import named_path, run_script
 from models.blocks.center_files import check_centers, write_centers
 from models.blocks.hash_centers import HashCenters, wrong_bits
 from utils.arguments import Parser
@@ -138,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line of the script; exit code 2 for a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--source", type=Path, required=True, help="folder with long/, short/ and trans/")
-    parser.add_argument("--root", type=Path, default=Path("data/twdh"), help="folder to write to (%(default)s)")
+    parser.add_argument("--source", type=named_path, required=True, help="folder with long/, short/ and trans/")
+    parser.add_argument("--root", type=named_path, default=Path("data/twdh"), help="folder to write to (%(default)s)")
     return run_script(parser, lambda options: convert(options.source, options.root), arguments)
 
 

@@ -14,12 +14,15 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TextIO
 
+if not __package__:  # run as a script: the packages of the repository stand one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
+
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
-
-if not __package__:  # run as a script: the packages of the repository stand one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, run

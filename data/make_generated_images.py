@@ -16,13 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if not __package__:  # run as a script: the packages of the repository stand one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
+
+import torch
 
 from common.config import Config
 from common.errors import UserError
+from data.command_line import named_path
 from data.generation import (
     Captioner,
     Journal,
@@ -194,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = base_parser((__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="text-to-image pipeline: a folder, or its name on the hub")
     parser.add_argument("--captioner", required=True, help="image-to-text model: a folder, or its name on the hub")
-    parser.add_argument("--output", type=Path, help="folder to write (generated, in the data set's folder)")
+    parser.add_argument("--output", type=named_path, help="folder to write (generated, in the data set's folder)")
     parser.add_argument("--steps", type=positive, default=30, help="denoising steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=7.5, help="weight of the text (%(default)s)")
     parser.add_argument("--size", type=positive, default=512, help="side of the pictures in pixels (%(default)s)")

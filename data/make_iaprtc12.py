@@ -16,11 +16,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import numpy as np
-import numpy.typing as npt
-
 if not __package__:  # run as a script: the packages of the repository stand one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
+
+import numpy as np
+import numpy.typing as npt
 
 from common.errors import UserError
 from data.mat_files import made_here

@@ -15,13 +15,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 if not __package__:  # run as a script: the packages of the repository stand one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
+
+import torch
 
 from common.config import Config
 from common.errors import UserError
+from data.command_line import named_path
 from data.generation import Captioner, Journal, base_parser, caption_pictures, digest, open_bare_dataset, run
 from data.mat_files import string_rows, write_mat
 from utils.files import claimed, write_text
@@ -73,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="image-to-text model: a folder, or its name on the hub")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=named_path,
         default=Path("image_caption.mat"),
         help="file to write, .mat or .jsonl, in the data set's folder unless it names another (%(default)s)",
     )

@@ -24,25 +24,30 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: the packages of the repository stand one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-if not __package__:  # run as a script: the packages of the repository stand one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.errors import UserError
 from common.yaml_layers import read_yaml
-from data.command_line import run_script
+from data.command_line import named_path, run_script
 from data.mat_files import string_cells, string_rows, write_mat
 from utils.arguments import Parser
 from utils.files import in_turn, write_json, write_text
 from utils.progress import progress
+from utils.signals import deaf_to_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,7 @@ VARIANT_MARKS = frozenset({"200D", "FE0F", "2640", "2642", "27A1"})
 # same one under two names: of OpenMoji 17, all such pairs lie below 2.4, the nearest different ones at 4.
 SAME_PICTURE = 3.0
 THUMBNAIL = 32
+LARGEST = 2048  # pixels; all pictures are in memory at once
 
 
 @dataclass(frozen=True)
@@ -104,15 +110,18 @@ def make(root: Path, size: int, workers: int) -> None:
 
     Args:
         root: Folder to write; replaced if an earlier version of the data set lies there.
-        size: Side of the pictures in pixels, at least 16.
+        size: Side of the pictures in pixels, 16 to 2048.
         workers: Processes that render, at least 1.
 
     Raises:
-        UserError: If a package is missing, `root` holds something else or cannot be written, or a number is too small.
+        UserError: If a package is missing, `root` holds something else or cannot be written, or a number is no such.
     """
-    if size < 16 or workers < 1:
-        raise UserError(f"make_openmoji: --size must be at least 16 and --workers at least 1, not {size} and {workers}")
+    if not 16 <= size <= LARGEST or workers < 1:
+        raise UserError(
+            f"make_openmoji: --size must be 16 to {LARGEST} and --workers at least 1, not {size} and {workers}"
+        )
     source = _source(size)
+    root = root.resolve()  # behind a link lies the folder that is to be written: the link stays
     try:
         with in_turn(root.parent, "--root"):
             _replace(root, source, workers)
@@ -239,7 +248,7 @@ def _draw(code: str, size: int) -> Image.Image:
 
 def _replace(root: Path, source: Mapping[str, Any], workers: int) -> None:
     """Writes beside `root` and renames at the end. The caller holds the lock: other temporary folders are stale."""
-    written, replaced = root.with_name(f".{root.name}.partial"), root.with_name(f".{root.name}.replaced")
+    written, replaced = (root.parent / f".{root.name}.{kind}" for kind in ("partial", "replaced"))
     try:
         for stale in (written, replaced):
             shutil.rmtree(stale, ignore_errors=True)
@@ -285,7 +294,11 @@ def _write(folder: Path, source: Mapping[str, Any], workers: int) -> None:
 
 @contextlib.contextmanager
 def _map(function: Any, arguments: Sequence[str], workers: int) -> Iterator[Iterable[Any]]:
-    """`map` over processes, in order; with one worker, in this process."""
+    """`map` over processes, in order; with one worker, in this process.
+
+    Raises:
+        UserError: If a process was killed.
+    """
     workers = min(workers, len(arguments) // 100)  # fewer drawings are not worth starting a process for
     if workers <= 1:
         yield map(function, arguments)
@@ -293,7 +306,14 @@ def _map(function: Any, arguments: Sequence[str], workers: int) -> Iterator[Iter
     # Spawned, not forked: the caller may have started threads (torch), and a forked child would inherit the lock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
-        yield pool.map(function, arguments, chunksize=32)
+        with deaf_to_interrupts():
+            results = pool.map(function, arguments, chunksize=32)
+        try:
+            yield results
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that draws was ended from outside, perhaps as memory ran out; run again with fewer --workers"
+            ) from None
 
 
 def _follow_parent() -> None:
@@ -327,13 +347,13 @@ def _source(size: int) -> dict[str, Any]:
 def _is_made(root: Path, source: Mapping[str, Any]) -> bool:
     """Whether the data set lies there, from the same source; refuses a folder that something else lies in."""
     try:
-        return bool(json.loads((root / STAMP).read_text(encoding="utf-8")) == source)
-    except FileNotFoundError:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UserError(f"{root}: was not made by make_openmoji; move it away or choose another --root") from None
-        return False
-    except ValueError:
-        return False
+        stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        stamp = None
+    made = isinstance(stamp, dict) and stamp.keys() == source.keys()  # others' folders have a file of this name, too
+    if not made and root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root}: was not made by make_openmoji; move it away or choose another --root")
+    return stamp == source
 
 
 def _describe(code: str, names: Mapping[str, Any], keywords: Sequence[str], character: Mapping[str, Any]) -> Drawing:
@@ -401,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = read_yaml(SETTINGS.read_text(encoding="utf-8"), str(SETTINGS))["dataset"]
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--root", type=Path, default=Path(settings["root"]), help="folder to write (%(default)s)")
+    parser.add_argument("--root", type=named_path, default=Path(settings["root"]), help="folder to write (%(default)s)")
     parser.add_argument(
         "--size", type=int, default=settings["picture_size"], help="side of the pictures in pixels (%(default)s)"
     )

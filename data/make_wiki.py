@@ -11,10 +11,13 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-
 if not __package__:  # run as a script: the packages of the repository stand one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
+
+import numpy as np
 
 from common.errors import UserError
 from data.preparation import Pairs, Protocol, run

@@ -51,7 +51,7 @@ def write_set(files: Mapping[Path, Mapping[str, Array] | str]) -> None:
         for path, content in files.items():
             with names.enter_context(atomic(path)).open("wb") as stream:
                 if isinstance(content, str):
-                    stream.write(content.encode())
+                    stream.write(content.encode(errors="backslashreplace"))
                 else:
                     scipy.io.savemat(stream, dict(content), do_compression=True)
                     stream.seek(0)

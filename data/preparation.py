@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from data.command_line import run_script
+from data.command_line import named_path, run_script
 from data.mat_files import clean_text, made_here, string_cells, string_rows, write_set
 from data.source_files import Picture, scan_pictures
 from utils.arguments import Parser
@@ -115,9 +115,9 @@ def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Pa
             caption: {"caption": captions},
             label: {"category": kept.labels.astype(np.int64)},
             root / "labels.txt": "".join(f"{name}\n" for name in kept.classes),
+            root / REPORT: report,
         }
     )
-    write_text(root / REPORT, report)
     say(summary)
     log.info("%s: index.mat, caption.mat, label.mat, labels.txt and %s are written", root, REPORT)
 
@@ -194,8 +194,8 @@ def run(
         description=f"Prepares {title} from its official archives (data/README.md says where they are).",
         epilog="protocols: " + "; ".join(f"{key}: {value.rule} ({value.papers})" for key, value in protocols.items()),
     )
-    parser.add_argument("--source", type=Path, required=True, help="folder in which the archives are unpacked")
-    parser.add_argument("--root", type=Path, default=Path("data") / name, help="folder to write to (%(default)s)")
+    parser.add_argument("--source", type=named_path, required=True, help="folder in which the archives are unpacked")
+    parser.add_argument("--root", type=named_path, default=Path("data") / name, help="folder to write to (%(default)s)")
     parser.add_argument(
         "--protocol",
         choices=list(protocols),

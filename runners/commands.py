@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from common.yaml_layers import flatten
 from utils import launch
 from utils.logging import setup_logging
 from utils.output import say, table
-from utils.signals import Interrupted
+from utils.signals import Interrupted, heed_interrupts
 
 
 def execute(options: argparse.Namespace, list_registered: Callable[[], str]) -> int:
@@ -37,8 +36,7 @@ def execute(options: argparse.Namespace, list_registered: Callable[[], str]) -> 
     Raises:
         BrokenPipeError: If nobody reads standard output any more.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_interrupts()
     setup_logging()
     try:
         launch.meet()

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -195,9 +196,34 @@ def test_killed_then_made_by_two_processes_at_once(openmoji: Path, tmp_path: Pat
     assert os.listdir(tmp_path) == ["openmoji"]
 
 
-def test_another_folder_is_never_replaced(few_drawings: None, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_interrupted_while_its_workers_start_it_says_one_line(tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of a terminal."""
+    process = start(tmp_path / "openmoji", workers=2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(children.read_text().split()) < 3:
+        time.sleep(0.001)
+    time.sleep(0.1)  # all have started, and load their packages
+    os.killpg(process.pid, signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in message
+    assert message.splitlines()[-1] == "interrupted; run the same command again"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with pytest.raises(UserError, match="a process that draws was ended from outside.*fewer --workers"):
+        with make_openmoji._map(os._exit, [9] * 200, workers=2) as results:  # type: ignore[list-item]
+            list(results)
+
+
+@pytest.mark.parametrize("stamp", [None, '{"model": "of generated pictures"}', "[]", "no JSON", "\xff"])
+def test_another_folder_is_never_replaced(few_drawings: None, tmp_path: Path, stamp: str | None) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"precious")
+    if stamp is not None:
+        (tmp_path / "photos" / STAMP).write_text(stamp, encoding="latin-1")
     with pytest.raises(UserError, match="photos: was not made by make_openmoji; move it away or choose another --root"):
         make(tmp_path / "photos", size=16, workers=1)
     assert (tmp_path / "photos" / "holiday.jpg").read_bytes() == b"precious"
@@ -220,9 +246,33 @@ def test_a_missing_package_is_named_with_the_way_out(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("size", "workers"), [(15, 1), (0, 1), (-8, 1), (32, 0)])
-def test_numbers_that_are_too_small_are_refused(size: int, workers: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--size must be at least 16 and --workers at least 1"):
+def test_a_link_to_a_folder_stays_and_the_folder_is_written(few_drawings: None, tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "openmoji"
+    disk.mkdir()
+    link.symlink_to(disk)
+    for size in (16, 17):
+        make(link, size=size, workers=1)
+        assert link.is_symlink() and (disk / "index.mat").is_file()
+        assert sorted(os.listdir(tmp_path)) == ["disk", "openmoji"]
+
+
+def test_the_folder_that_one_stands_in(
+    few_drawings: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert make_openmoji.main(["--root", ".", "--size", "16", "--workers", "1"]) == 0
+    assert (tmp_path / "here" / "index.mat").is_file()
+    capsys.readouterr()
+    for root, said in (("", "argument --root: is empty; name a path"), ("/", "/: was not made by make_openmoji")):
+        assert make_openmoji.main(["--root", root, "--size", "16"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("size", "workers"), [(15, 1), (0, 1), (-8, 1), (2049, 1), (10**20, 1), (32, 0)])
+def test_numbers_out_of_range_are_refused(size: int, workers: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--size must be 16 to 2048 and --workers at least 1"):
         make(tmp_path / "openmoji", size, workers)
 
 

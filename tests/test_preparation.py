@@ -48,6 +48,8 @@ WRITTEN = {"index.mat", "caption.mat", "label.mat", "labels.txt", REPORT, JOURNA
 
 
 REPOSITORY = Path(__file__).parents[1]
+MAIN = '\nif __name__ == "__main__":\n'
+ALL = sorted(path.name for path in (REPOSITORY / "data").glob("*.py") if MAIN in path.read_text())
 
 
 def source_of(name: str, folder: Path) -> Path:
@@ -273,6 +275,7 @@ def test_missing_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--skip"], "did you mean '--skip-broken'?"),  # no abbreviations: one more option would change what they mean
         (["--protocol", "nosuch"], "invalid choice: 'nosuch'"),
         (["--root"], "expected one argument"),
+        (["--root", ""], "argument --root: is empty"),  # a variable of a shell that is not set
     ],
 )
 def test_mistakes_of_the_command_line_are_one_line(
@@ -463,3 +466,19 @@ def test_started_as_a_script(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+INTERRUPTED = """
+HEAVY = ("numpy", "torch")
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(lambda event, told: event == "import" and told[0] in HEAVY and os.kill(os.getpid(), 2))
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_interrupted_while_packages_load_no_script_complains(script: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(REPOSITORY / "data" / script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

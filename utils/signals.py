@@ -2,6 +2,9 @@
 
 import ctypes
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -51,6 +54,37 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
+
+
+def die_of_interrupts() -> None:
+    """Lets Ctrl-C end this process without a word while its packages load, which takes seconds.
+
+    A process that was started to ignore Ctrl-C goes on ignoring it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def heed_interrupts() -> None:
+    """Ends `die_of_interrupts`: Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Starts processes that leave Ctrl-C to this one from their first moment on; meanwhile it is not heard here either.
+
+    Only the main thread can do so: in others nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent() -> None:
