@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 BASE = ROOT / "configs/base.yaml"
 
 
-def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
+def checkpoint_config(
+    tree: Tree, path: Path, overrides: list[str], elsewhere: str = "give the run's configuration with --config-file"
+) -> Config:
     """The configuration that a checkpoint of this library holds, without what belongs to the machine it was made on.
 
     Results go beside the checkpoint. Devices, folders and processes are those of `configs/base.yaml`, the places of a
@@ -28,6 +30,7 @@ def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
         tree: The stored configuration.
         path: The checkpoint.
         overrides: Entries `section.key=value`.
+        elsewhere: What else the user can do where a place is not known, for the message.
 
     Raises:
         UserError: As `load_config`; if a place of the data is neither known nor given.
@@ -47,7 +50,7 @@ def checkpoint_config(tree: Tree, path: Path, overrides: list[str]) -> Config:
         if value is _NOT_TAKEN:
             raise UserError(
                 f"{key} is a place on the machine on which {path} was made, so it is not taken from there; name it "
-                f"with {key}=..., or give the run's configuration with --config-file"
+                f"with {key}=..., or {elsewhere}"
             )
     config = build_config(own, origins)
     places = {f"{section}.{key}" for section in ("run", "dataset") for key in _places(getattr(config, section))}

@@ -202,7 +202,10 @@ def test_a_checkpoint_names_no_place_and_starts_no_process(trained: Path, tmp_pa
     model = tmp_path / "there" / "model.pt"
     model.parent.mkdir()
     torch.save({**content, "meta": json.dumps(meta)}, model)
-    assert "dataset.root is a place on the machine" in refused("--evaluate", model)
+    line = refused("--evaluate", model)
+    assert "dataset.root is a place on the machine" in line and "configuration with --config-file" in line
+    line = refused("--index", model, "--input", "dataset:tiny", "--save-dir", tmp_path / "index")
+    assert "dataset.root is a place on the machine" in line and "name its YAML: --input dataset:FILE.yaml" in line
     code, _, err = run("--evaluate", model, f"dataset.root={root}")
     assert code == 0, err
     assert "run.device=auto" in err and f"dataset.root={root} (command line)" in err

@@ -287,7 +287,7 @@ def _open_split(text: str, encoder: Encoder, overrides: list[str]) -> DataSplit:
     fields = encoder.fields["image"] | encoder.fields["text"]
     trained_on = encoder.tree.get("dataset")
     if isinstance(trained_on, dict) and trained_on.get("name") == name:
-        config = checkpoint_config(encoder.tree, encoder.path, overrides)
+        config = checkpoint_config(encoder.tree, encoder.path, overrides, f"name its YAML: --input {DATASET}FILE.yaml")
         return DataSplit(open_dataset(config), split, fields, config.run.seed, config.evaluate.caption)
     section = load_dataset(dataset_file(name, f"--input {DATASET}"), overrides)
     cls: type[PairedDataset] = DATASETS.get(section.type)
