@@ -6,10 +6,12 @@ import functools
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import load_config
 from common.errors import UserError
@@ -32,6 +34,10 @@ UNUSUAL_LABELS = {  # of six rows and five classes
     "an item without a label": torch.tensor([[1.0, 1, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).repeat(2, 1),
     "no label at all": torch.zeros(6, 5),
 }
+
+
+MINE_TRIPLETS = {"DDWSH", "DGHDGH", "DPBE"}  # how many triplets a batch holds decides what is computed next
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "repeat_interleave"}
 
 
 def build(name: str, cache: Path) -> HashingModel:
@@ -64,6 +70,32 @@ def test_a_step_gives_a_finite_scalar_and_every_parameter_a_gradient(model: Hash
     assert [names[id(p)] for p in grouped if id(p) not in of_loss] == []
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {names[id(p)] for p in grouped} == trainable
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations whose result the processor has to know before it can go on: a GPU would stand idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        indices = arguments[1] if name in {"index", "index_put", "index_put_"} else ()
+        if name in WAITING or any(index is not None and index.dtype == torch.bool for index in indices):
+            self.seen.append(name)
+        return function(*arguments, **(options or {}))
+
+
+def test_a_step_never_waits_for_what_it_computes(model: HashingModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.clip.towers.without_padding", lambda ids: ids)  # which cuts on a CPU alone
+    model.train()
+    optimizers = tiny.descents(model, 1e-4)
+    for step in range(2):  # the first one may set up what later ones keep
+        with Waits() as waits:
+            for _ in updates(model(rows(model.fields), dataclasses.replace(PROGRESS, step=step)), optimizers):
+                pass
+    assert bool(waits.seen) == (_name(model) in MINE_TRIPLETS), waits.seen
 
 
 def test_groups_are_those_of_every_shipped_config(model: HashingModel) -> None:
