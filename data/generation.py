@@ -21,10 +21,9 @@ from PIL import Image
 
 from common.config import Config, load_config
 from common.errors import UserError
-from common.registry import DATASETS
 from data.command_line import run_script
 from data.mat_files import clean_text
-from dataset.base import PairedDataset
+from dataset.base import PairedDataset, dataset_class
 from dataset.pictures.reading import Pictures
 from utils.arguments import Parser
 from utils.launch import pick_device
@@ -190,7 +189,7 @@ def open_bare_dataset(config: Config) -> PairedDataset:
             f"data set {config.dataset.name} is of type {config.dataset.type}, which takes no image captions; "
             "choose one of type mat"
         )
-    cls: type[PairedDataset] = DATASETS.get(config.dataset.type)
+    cls = dataset_class(config.dataset.type)
     cls.ensure(config.dataset)
     return cls(config.dataset.model_copy(update=made))
 

@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.config import dataset_file, load_dataset
 from common.errors import UserError
-from common.registry import DATASETS
-from dataset.base import SPLITS, PairedDataset
+from dataset.base import PairedDataset, dataset_class
 from dataset.columns import CaptionColumn
 from dataset.mat import MatConfig
+from dataset.splits import SPLITS
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_lines
 from utils.files import atomic, make_folder
@@ -68,7 +68,7 @@ def check_data(name: str, overrides: list[str], folder: Path | None) -> None:
     config = load_dataset(dataset_file(name, "--check-data "), overrides)
     folder = Path("result") / "check" / config.name if folder is None else folder
     make_folder(folder, "--save-dir")
-    cls: type[PairedDataset] = DATASETS.get(config.type)
+    cls = dataset_class(config.type)
     cls.ensure(config)
     data = cls(config)
     found = read_pictures(data)

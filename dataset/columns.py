@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common.errors import UserError
 from dataset.texts.captions import Captions
 from dataset.texts.word_vectors import WordVectors
 
@@ -68,6 +69,13 @@ class MatrixColumn(RowColumn):
 
     matrix: Tensor
     items: Tensor
+
+    def __post_init__(self) -> None:
+        if self.matrix.ndim != 2 or (len(self.items) and int(self.items.max()) >= len(self.matrix)):
+            raise UserError(
+                f"a field of a data set has the shape {list(self.matrix.shape)}; "
+                "it is a matrix with a row for every item"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

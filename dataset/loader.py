@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.types import Batch
-from dataset.base import PairedDataset, Split
+from dataset.base import PairedDataset
 from dataset.columns import PictureColumn, RowColumn
 from dataset.pictures.cache import cached_pictures
 from dataset.pictures.draws import Purpose, permutation, uniform
@@ -24,6 +24,7 @@ from dataset.pictures.memory import MemorySource, PictureMemory
 from dataset.pictures.reading import Pictures
 from dataset.pictures.transforms import CROP_DRAWS, View
 from dataset.pictures.workers import WorkerSource
+from dataset.splits import Split
 from utils.distributed import rank, world_size
 
 _memories: weakref.WeakKeyDictionary[PairedDataset, dict[torch.device, PictureMemory]] = weakref.WeakKeyDictionary()

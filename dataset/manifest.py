@@ -23,10 +23,11 @@ from torch import Tensor
 from common.errors import UserError
 from common.places import DataPath
 from common.registry import DATASETS, near_names
-from dataset.base import SPLITS, Contents, PairedConfig, PairedDataset, Split
+from dataset.base import Contents, PairedConfig, PairedDataset
 from dataset.columns import CaptionColumn
 from dataset.manifest_rows import ManifestRow, misnamed, read_manifest
 from dataset.pictures.reading import PictureFiles, list_folder, spellings
+from dataset.splits import SPLITS, Split
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_lines
 from utils.progress import progress

@@ -17,11 +17,12 @@ from torch import Tensor
 from common.errors import UserError
 from common.places import DataPath
 from common.registry import DATASETS
-from dataset.base import Contents, PairedConfig, PairedDataset, Split
+from dataset.base import Contents, PairedConfig, PairedDataset
 from dataset.columns import CaptionColumn, MatrixColumn, PictureColumn
 from dataset.labels import read_labels
 from dataset.mat_reader import number_matrix, read_variable, text_rows
 from dataset.pictures.reading import JoinedPictures, PictureFiles, Pictures, resolve_paths
+from dataset.splits import Split
 from dataset.texts.captions import Captions
 from dataset.texts.files import read_json_lines, read_lines
 

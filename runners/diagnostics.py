@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dataset.base import Split
+from dataset.splits import Split
 from runners.evaluation import Evaluation, Evaluator, SplitCodes, encode_split, evaluate_codes
 from runners.selection import BITS, Entry, Reports, headline, scores
 from utils.logging import Record

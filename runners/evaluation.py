@@ -16,8 +16,9 @@ from common.errors import UserError
 from common.metrics import mean_over_queries, retrieval_values
 from common.pair_metrics import pair_report, partner_values
 from common.schemas import EvaluateConfig
-from dataset.base import PairedDataset, Split
+from dataset.base import PairedDataset
 from dataset.loader import Loader
+from dataset.splits import Split
 from models.base import HashingModel
 from models.blocks.heads import watch_relaxed
 from runners.results import results_table, summarise

@@ -10,7 +10,8 @@ from typing import Any
 
 from common.config import Config
 from common.errors import UserError
-from dataset.base import PairedDataset, Split
+from dataset.base import PairedDataset
+from dataset.splits import Split
 
 Reports = dict[str, dict[str, float]]
 Entry = dict[str, Any]

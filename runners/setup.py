@@ -12,14 +12,15 @@ from common.checkpoint import Checkpoint
 from common.config import Config
 from common.errors import UserError
 from common.places import CHECKPOINT
-from common.registry import DATASETS, MODELS
+from common.registry import MODELS
 from common.schemas import RunConfig
 from common.tensor_files import Tensors, require_finite, unwrapped
 from common.types import Backbone, ClipShape, DataInfo
 from common.yaml_layers import flatten
-from dataset.base import PairedDataset, Split
+from dataset.base import PairedDataset, dataset_class
 from dataset.columns import CaptionColumn
 from dataset.loader import Loader, build_loader
+from dataset.splits import Split
 from dataset.texts.tokenizer import SMALLEST, VOCABULARY
 from models.base import ClipModelConfig, HashingModel
 from models.clip.towers import CLIP
@@ -44,7 +45,7 @@ def open_dataset(config: Config) -> PairedDataset:
     Raises:
         UserError: If files are missing, broken or do not agree.
     """
-    cls: type[PairedDataset] = DATASETS.get(config.dataset.type)
+    cls = dataset_class(config.dataset.type)
     if is_main() and config.origins.get("dataset.root") != CHECKPOINT:  # nothing is made where a checkpoint says
         cls.ensure(config.dataset)
     barrier()

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.base import SplitConfig
 from dataset.mat import MatConfig, MatDataset
+from dataset.splits import SplitConfig
 
 ITEMS = 24
 SETTINGS: dict[str, Any] = {

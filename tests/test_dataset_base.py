@@ -1,12 +1,18 @@
 """Splits, columns, draws: what every data set shares."""
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
 
 from common.errors import UserError
-from dataset.base import PerLabelConfig, SplitConfig, make_splits
+from common.registry import DATASETS
+from dataset.base import Contents, PairedDataset, dataset_class
+from dataset.columns import MatrixColumn
 from dataset.pictures.draws import Purpose, permutation, uniform
+from dataset.pictures.reading import PictureFiles
+from dataset.splits import PerLabelConfig, SplitConfig, make_splits
 from dataset.texts.captions import Captions
 from dataset.texts.tokenizer import tokenize
 from dataset.texts.word_vectors import WordVectors
@@ -209,3 +215,55 @@ def test_offers_and_require(tmp_path):
         data.require("train", frozenset({"depth"}))
     with pytest.raises(UserError, match=r"no 'image_caption' .*put one of image_caption.mat, image_caption.txt"):
         data.require("query", frozenset({"image_caption"}))
+
+
+# ---------------------------------------------------------------------------------------- a data set from outside
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"labels": torch.ones(4, 2)}, r"tensor of torch.bool \[N, C\], not torch.float32 \[4, 2\]"),
+        ({"labels": torch.ones(4, dtype=torch.bool)}, r"not torch.bool \[4\]"),
+        ({"labels": np.ones((4, 2), bool)}, r"not ndarray"),
+        ({"labels": torch.ones(3, 2, dtype=torch.bool)}, r"labels of 3 items, but names of 4"),
+        ({"captions": [["a"]]}, r"labels of 4 items, but captions of 1"),
+        ({"captions": ["a", "b", "c", "d"]}, r"a list of texts for every item, not one text"),
+        ({"families": torch.zeros(5)}, r"labels of 4 items, but families of 5"),
+        ({"pictures": ["1.png"]}, r"pictures of a data set are Pictures"),
+        ({"pictures": PictureFiles(["1.png"], "index")}, r"labels of 4 items, but pictures of 1"),
+        ({"label_names": ["cat"]}, r"2 labels, but 1 label_names"),
+    ],
+)
+def test_contents_that_do_not_fit_together_are_refused(change: dict[str, Any], said: str) -> None:
+    """They would train on wrong pairs in silence, or end far from here."""
+    paths = [f"{number}.png" for number in range(4)]
+    fitting: dict[str, Any] = {
+        "names": paths,
+        "pictures": PictureFiles(paths, "index"),
+        "captions": [["a"]] * 4,
+        "labels": torch.ones(4, 2, dtype=torch.bool),
+        "words": None,
+    }
+    Contents(**fitting)
+    with pytest.raises(UserError, match=said):
+        Contents(**{**fitting, **change})
+
+
+def test_a_field_has_a_row_for_every_item() -> None:
+    MatrixColumn(torch.ones(3, 2), torch.tensor([2, 0]))
+    for matrix, items in ((torch.ones(3, 2), [3]), (torch.ones(3), [0])):
+        with pytest.raises(UserError, match="it is a matrix with a row for every item"):
+            MatrixColumn(matrix, torch.tensor(items))
+
+
+def test_a_class_that_is_no_whole_data_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = type("Half", (PairedDataset,), {})
+    none = type("None", (PairedDataset,), {"open": lambda self: None})
+    for cls, said in ((object, "Mine is no PairedDataset"), (half, "Mine lacks open; see dataset/base.py")):
+        monkeypatch.setitem(DATASETS._classes, "Mine", cls)
+        with pytest.raises(UserError, match=said):
+            dataset_class("Mine")
+    monkeypatch.setitem(DATASETS._classes, "Mine", none)
+    with pytest.raises(UserError, match=r"None.open returned a NoneType; return Contents\(...\)"):
+        dataset_class("Mine")(cast(Any, None))

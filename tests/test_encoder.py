@@ -14,8 +14,9 @@ from PIL import Image
 from common import checkpoint
 from common.errors import UserError
 from common.registry import MODELS
-from dataset.base import PairedDataset, Split
+from dataset.base import PairedDataset
 from dataset.columns import CaptionColumn, MatrixColumn, PictureColumn, WordColumn
+from dataset.splits import Split
 from models.base import HashingModel
 from models.clip.towers import CLIP
 from models.clip.weights import write_clip

@@ -22,8 +22,8 @@ from common.yaml_layers import read_yaml
 from data import make_openmoji
 from data.make_openmoji import LABELS, SETTINGS, STAMP, Drawing, distinct, label_drawings, make, read_drawings
 from data.mat_files import write_mat
-from dataset.base import make_splits
 from dataset.openmoji import OpenmojiConfig, OpenmojiDataset
+from dataset.splits import make_splits
 from tests.datasets import permutation
 from utils.files import LOCK
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dataset.base import SplitConfig, make_splits
+from dataset.splits import SplitConfig, make_splits
 from runners import evaluation
 from runners.selection import choices, choose, out_of_patience
 from tests import datasets

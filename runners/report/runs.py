@@ -17,8 +17,7 @@ from common.code_statistics import bit_correlation, constant_bits
 from common.config import load_config
 from common.errors import UserError
 from common.metrics import average_precision
-from common.registry import DATASETS
-from dataset.base import PairedDataset
+from dataset.base import PairedDataset, dataset_class
 from dataset.columns import CaptionColumn
 from runners.comparison import MAKE_AGAIN, RunFolder, named, tell_apart
 from runners.evaluation import DIRECTIONS
@@ -83,7 +82,7 @@ class ReportedRun(RunFolder):
         """The run's data set, or why it cannot be shown."""
         try:
             config = load_config(self.folder / "config.yaml")
-            data: PairedDataset = DATASETS.get(config.dataset.type)(config.dataset)
+            data = dataset_class(config.dataset.type)(config.dataset)
         except UserError as error:
             return f"The data set cannot be opened, so texts and pictures are not shown: {error}"
         if data.splits.fingerprint != self.split["fingerprint"]:

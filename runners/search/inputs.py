@@ -14,12 +14,12 @@ from PIL import Image
 from common.checkpoint_config import checkpoint_config
 from common.config import dataset_file, load_dataset
 from common.errors import UserError
-from common.registry import DATASETS
-from dataset.base import SPLITS, PairedDataset, Split
+from dataset.base import PairedDataset, dataset_class
 from dataset.columns import CaptionColumn, PictureColumn, RowColumn, WordColumn
 from dataset.loader import caption_draws
 from dataset.manifest_rows import ManifestRow, is_manifest, read_manifest
 from dataset.pictures.reading import spellings
+from dataset.splits import SPLITS, Split
 from runners.encoder import Encoder, read_picture
 from runners.search.engine import Kind
 from runners.setup import open_dataset
@@ -290,6 +290,6 @@ def _open_split(text: str, encoder: Encoder, overrides: list[str]) -> DataSplit:
         config = checkpoint_config(encoder.tree, encoder.path, overrides, f"name its YAML: --input {DATASET}FILE.yaml")
         return DataSplit(open_dataset(config), split, fields, config.run.seed, config.evaluate.caption)
     section = load_dataset(dataset_file(name, f"--input {DATASET}"), overrides)
-    cls: type[PairedDataset] = DATASETS.get(section.type)
+    cls = dataset_class(section.type)
     cls.ensure(section)
     return DataSplit(cls(section), split, fields, 0, "first")
