@@ -10,8 +10,11 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +25,7 @@ from PIL import Image
 from common.config import Config, load_config
 from common.errors import UserError
 from data.command_line import run_script
-from data.mat_files import clean_text
+from data.mat_files import clean_text, writing
 from dataset.base import PairedDataset, dataset_class
 from dataset.pictures.reading import Pictures
 from utils.arguments import Parser
@@ -60,10 +63,28 @@ def open_pretrained(load: Callable[..., Any], model: str, **options: Any) -> Any
     try:
         return load(model, local_files_only=Path(model).is_dir(), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # what the packages raise for whatever is amiss
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model {model} cannot be opened ({reason}); name a folder that holds it, or its name on the Hugging Face "
-            "hub where there is network"
+            f"model {model} cannot be opened ({_reason(error)}); name a folder that holds it, or its name on the "
+            "Hugging Face hub where there is network"
+        ) from None
+
+
+@contextmanager
+def working(model: str) -> Iterator[None]:
+    """What a pretrained model says about pictures, texts or settings that it cannot work with, as one line.
+
+    Args:
+        model: Its folder or name, for the message.
+
+    Raises:
+        UserError: If it fails.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # as in `open_pretrained`
+        raise UserError(
+            f"model {model} cannot do it ({_reason(error)}); change the option that this speaks of (--batch-size where "
+            "memory ran out), or choose another model"
         ) from None
 
 
@@ -89,18 +110,20 @@ class Captioner:
     @torch.no_grad()
     def captions(self, pictures: Sequence[Image.Image]) -> list[str]:
         """One sentence for each picture, on one line."""
-        pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self._device)
-        ids = self._model.generate(
-            pixel_values=pixels,
-            max_new_tokens=self.settings["max_tokens"],
-            num_beams=self.settings["beams"],
-            do_sample=False,
-        )
-        return [clean_text(text) for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        with working(str(self.settings["model"])):
+            pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self._device)
+            ids = self._model.generate(
+                pixel_values=pixels,
+                max_new_tokens=self.settings["max_tokens"],
+                num_beams=self.settings["beams"],
+                do_sample=False,
+            )
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [clean_text(text) for text in texts]
 
 
 class Journal:
-    """Captions as they come, one JSON line a batch; a line that a kill cut short does not count.
+    """Captions as they come, one JSON line a batch; from a line on that a kill or the disk damaged, none counts.
 
     Args:
         path: The file.
@@ -114,8 +137,8 @@ class Journal:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         self._file = path.open("ab")
         if lines and lines[0] == head.encode():
-            self.batches = [json.loads(line) for line in lines[1:]]
-            self._file.truncate(sum(len(line) + 1 for line in lines))
+            self.batches = list(takewhile(bool, map(_captions, lines[1:])))
+            self._file.truncate(sum(len(line) + 1 for line in lines[: 1 + len(self.batches)]))
         else:
             if lines:
                 log.info("%s: is of other pictures or another model, so all captions are made anew", path)
@@ -133,9 +156,20 @@ class Journal:
         self.path.unlink()
 
     def _write(self, line: str) -> None:
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.write(f"{line}\n".encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def _captions(line: bytes) -> list[str]:
+    """The captions of a journal's line; none where it is damaged."""
+    try:
+        captions = json.loads(line)
+    except ValueError:
+        return []
+    plain = isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)
+    return captions if plain else []
 
 
 def caption_pictures(
@@ -206,11 +240,23 @@ def base_parser(description: str) -> Parser:
     return parser
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def positive(text: str) -> int:
     """A number above zero, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor none, for argparse."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
     return number
 
 

@@ -34,18 +34,20 @@ from data.generation import (
     batches,
     caption_pictures,
     digest,
+    finite,
     open_bare_dataset,
     open_pretrained,
     optional,
     positive,
     run,
+    working,
 )
 from dataset.base import PairedDataset
 from dataset.columns import CaptionColumn
 from dataset.mat import COUNTERPART_SOURCE
 from dataset.pictures.draws import Purpose, uniform
 from dataset.pictures.reading import PictureFiles
-from utils.files import atomic, claimed, write_json, write_text
+from utils.files import LOCK, atomic, claimed, write_json, write_text
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -142,14 +144,15 @@ def make_pictures(texts: Sequence[str], folder: Path, options: argparse.Namespac
             paths = [folder / f"{number}.png" for number in numbers]
             if not all(path.exists() for path in paths):
                 pipeline = pipeline or open_pipeline(options.model, device)
-                made = pipeline(
-                    prompt=[texts[number - 1] for number in numbers],
-                    num_inference_steps=options.steps,
-                    guidance_scale=options.guidance,
-                    height=options.size,
-                    width=options.size,
-                    generator=[picture_noise(options.seed, number) for number in numbers],
-                )
+                with working(options.model):
+                    made = pipeline(
+                        prompt=[texts[number - 1] for number in numbers],
+                        num_inference_steps=options.steps,
+                        guidance_scale=options.guidance,
+                        height=options.size,
+                        width=options.size,
+                        generator=[picture_noise(options.seed, number) for number in numbers],
+                    )
                 flagged += sum(getattr(made, "nsfw_content_detected", None) or [])
                 for path, picture in zip(paths, made.images, strict=True):
                     with atomic(path) as temporary:
@@ -187,8 +190,8 @@ def _claim_contents(folder: Path, source: dict[str, Any]) -> None:
             same = False
         if not same:
             raise UserError(f"{folder} holds pictures of other texts or settings; remove it, or name another --output")
-    elif any(folder.glob("*.png")):
-        raise UserError(f"{folder} holds pictures that were not made here; name another --output")
+    elif others := sorted({entry.name for entry in folder.iterdir()} - {LOCK}):
+        raise UserError(f"{folder} holds {others[0]}, which was not made here; name another --output")
     else:
         write_json(path, source)
 
@@ -200,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--captioner", required=True, help="image-to-text model: a folder, or its name on the hub")
     parser.add_argument("--output", type=named_path, help="folder to write (generated, in the data set's folder)")
     parser.add_argument("--steps", type=positive, default=30, help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="weight of the text (%(default)s)")
+    parser.add_argument("--guidance", type=finite, default=7.5, help="weight of the text (%(default)s)")
     parser.add_argument("--size", type=positive, default=512, help="side of the pictures in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures' noise (%(default)s)")
     return run(parser, make, arguments)

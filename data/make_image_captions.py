@@ -49,6 +49,8 @@ def make(options: argparse.Namespace, config: Config, device: torch.device) -> N
     data = open_bare_dataset(config)
     names = list(data.names)
     path = Path(config.dataset.root) / options.output
+    if path.exists() and path.name not in config.dataset.image_captions:
+        raise UserError(f"--output {path}: is there already; remove it, or name another file")
     settings = {"model": options.model, "max_tokens": options.max_tokens, "beams": options.beams}
     with claimed(path.parent, "--output"):
         source = {**settings, "batch_size": options.batch_size, "pictures": digest(names)}

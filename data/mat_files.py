@@ -87,7 +87,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; free some room or name another folder with --root"
+            f"{path} cannot be written: {error.strerror or error}; free some room or name another folder"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Captions and pictures by generative models: tiny ones of the real classes, with random weights, from folders."""
 
+import errno
 import json
 import os
 import signal
@@ -213,6 +214,29 @@ def test_a_journal_of_another_model_is_not_gone_on_from(tmp_path: Path) -> None:
     assert Journal(tmp_path / "j", {"model": "one"}).batches == []
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 9, b"5", b'["a", 1]', b'["half a li', b"[]", b"\xff"])
+def test_a_damaged_line_of_the_journal_and_those_behind_it_are_made_again(tmp_path: Path, damage: bytes) -> None:
+    journal = Journal(tmp_path / "j", {})
+    for captions in (["a", "b"], ["c", "d"], ["e"]):
+        journal.append(captions)
+    content = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(content.replace(b'["c", "d"]', damage))
+    again = Journal(tmp_path / "j", {})
+    assert again.batches == [["a", "b"]]
+    for captions in (["c", "d"], ["e"]):
+        again.append(captions)
+    assert (tmp_path / "j").read_bytes() == content
+
+
+def test_a_journal_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="j cannot be written: No space left on device"):
+        Journal(tmp_path / "j", {})
+
+
 def test_pictures_for_queries_and_their_captions(diffusion: Path, blip: Path, root: Path) -> None:
     assert captioned(blip, root) == 0
     assert generated(diffusion, blip, root) == 0
@@ -254,7 +278,7 @@ def test_pictures_of_other_settings_are_not_mixed(
     assert "holds pictures of other texts or settings" in capsys.readouterr().err
     (root / "generated" / "source.json").unlink()
     assert generated(diffusion, blip, root) == 2
-    assert "were not made here" in capsys.readouterr().err
+    assert "1.png, which was not made here" in capsys.readouterr().err
 
 
 def test_the_text_is_the_one_that_evaluation_takes(root: Path) -> None:
@@ -334,6 +358,13 @@ def test_mistakes_are_one_line(
     empty.mkdir()
     assert "cannot be opened" in refused(capsys, captioned(empty, root))
     assert "cannot be opened" in refused(capsys, generated(blip, blip, root, "--output", str(tmp_path / "out")))
+    assert "divisible by 8" in refused(capsys, generated(diffusion, blip, root, "--size", "33"))
+    assert "nan is no finite number" in refused(capsys, generated(diffusion, blip, root, "--guidance", "nan"))
+    index = (root / "index.mat").read_bytes()
+    assert "index.mat: is there already" in refused(capsys, captioned(blip, root, "--output", "index.mat"))
+    assert (root / "index.mat").read_bytes() == index
+    error = refused(capsys, generated(diffusion, blip, root, "--output", str(root / "images")))
+    assert "holds 0.png, which was not made here" in error
     assert "must end in .mat or .jsonl" in refused(capsys, captioned(blip, root, "--output", "captions.csv"))
     nowhere = tmp_path / "nowhere"
     assert "data folder" in refused(capsys, captioned(blip, nowhere))
