@@ -79,6 +79,23 @@ def trained_groups(model: HashingModel) -> ParamGroups:
     return taken
 
 
+def require_gradients(model: HashingModel) -> None:
+    """Refuses a model of which a part is not trained, after the backward pass of its loss.
+
+    Raises:
+        UserError: If the model says that its loss reaches every trainable parameter, and it does not.
+    """
+    if not model.loss_reaches_all:
+        return
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if left_out:
+        raise UserError(
+            f"{type(model).__name__}: the loss does not depend on {len(left_out)} trainable parameters (first: "
+            f"{left_out[0]}); remove them, set requires_grad_(False), or, if another step's loss does, let "
+            "loss_reaches_all be False"
+        )
+
+
 def form_of_state(model: HashingModel) -> Form:
     """Names, shapes and kinds of what a checkpoint keeps of a model.
 

@@ -20,7 +20,7 @@ from common.state_writer import StateWriter
 from common.types import Progress, StepOutput
 from models.base import HashingModel
 from runners import diagnostics, encoding
-from runners.contract import form_of_state, require_form, trained_groups
+from runners.contract import form_of_state, require_form, require_gradients, trained_groups
 from runners.evaluation import Evaluator, save_codes
 from runners.results import results_table, summarise
 from runners.resuming import RunState, check_resumable, claim_folder, newest_checkpoint, state_of
@@ -84,6 +84,7 @@ class Runner:
             self.state = state_of(loaded, self.steps)
             restore_optimizers(self.optimizers, loaded.optimizers, f"checkpoint {loaded.path}")
             logger.info("going on after step %d of %d from %s", self.state.step, self.steps, loaded.path)
+        self.begun = self.state.step
         self.module = self._wrap(self.model)
         self.votes = Votes()
         self.computing = functools.partial(autocast, run.precision, self.device)
@@ -135,6 +136,8 @@ class Runner:
             with self.computing():
                 output: StepOutput = self.module(batch, position)
             self.step_log.add(self.state.step, updates(output, self.optimizers, self.computing))
+            if self.state.step == self.begun:  # in the next step, several processes would wait for what does not come
+                require_gradients(self.model)
             if self.step_log.is_due:
                 self._log_steps()
             self.state.step += 1

@@ -209,6 +209,11 @@ EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    d
         (GROUPS, "list(self.parameters())", "Toy.param_groups returns no {optimizer: {group: parameters}}"),
         ("list(self.parameters())", "self.image.weight", "Toy.param_groups: main.all is no list of parameters"),
         ("list(self.parameters())", "[self.image.weight]", "Toy.param_groups leaves out 3 trainable parameters"),
+        (
+            "self.image",
+            "self.unused = nn.Linear(2, 3)\n        self.image",
+            "Toy: the loss does not depend on 2 trainable",
+        ),
         ("1.0, -1.0)", "1.0, -1.0) > 0", "Toy.encode_image returned torch.bool; codes are a float32 tensor"),
         ("1.0, -1.0)", "1.0, -1.0).numpy()", "Toy.encode_image returned a ndarray; codes are"),
         ("self.image", BANK, "Toy: bank is a tensor that no checkpoint keeps and no device gets; register it"),
