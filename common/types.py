@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 
@@ -52,10 +51,6 @@ class Batch(Mapping[str, Tensor]):
     def only(self, names: frozenset[str]) -> "Batch":
         """A batch of the named fields and `index`; a name that is not there is left out."""
         return Batch({name: value for name, value in self._fields.items() if name in names or name == "index"})
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same rows on `device`."""
-        return Batch({name: value.to(device, non_blocking=True) for name, value in self._fields.items()})
 
 
 @dataclass(frozen=True)

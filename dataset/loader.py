@@ -26,6 +26,7 @@ from dataset.pictures.transforms import CROP_DRAWS, View
 from dataset.pictures.workers import WorkerSource
 from dataset.splits import Split
 from utils.distributed import rank, world_size
+from utils.transfer import sent
 
 _memories: weakref.WeakKeyDictionary[PairedDataset, dict[torch.device, PictureMemory]] = weakref.WeakKeyDictionary()
 _caches: weakref.WeakKeyDictionary[PairedDataset, Pictures] = weakref.WeakKeyDictionary()
@@ -211,10 +212,10 @@ class Loader:
         for job, tensors in zip(jobs, pictures, strict=True):
             random = purpose is Purpose.TRAIN_CAPTION or self.caption == "random"
             draws = caption_draws(self.seed, job.rows, random=random, epoch=epoch, purpose=purpose)
-            fields = {"index": job.rows.to(self.device, non_blocking=True)}
+            fields = {"index": sent(job.rows, self.device)}
             for field, column in self.columns.items():
                 if isinstance(column, RowColumn):
-                    fields[field] = column.rows(job.rows, draws).to(self.device, non_blocking=True)
+                    fields[field] = sent(column.rows(job.rows, draws), self.device)
             for names, pixels in zip(self.groups, tensors, strict=True):
                 fields.update(dict.fromkeys(names, pixels))
             yield Batch(fields)

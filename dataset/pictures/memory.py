@@ -14,6 +14,7 @@ from dataset.pictures.jobs import Job
 from dataset.pictures.reading import Pictures
 from dataset.pictures.transforms import View, crop_boxes, flips, normalise, resample, squashed, to_pixels, view_pixels
 from utils.progress import progress
+from utils.transfer import sent
 
 _CHUNK = 256  # pictures handed to the threads at a time: bounds what waits to be copied to the device
 _ROOM = 0.9  # share of the free memory that pictures may take
@@ -172,14 +173,15 @@ class MemorySource:
         """Nothing to do: the pictures stay, since other splits of the data set share them."""
 
     def _batch(self, job: Job, holding: Holding, places: Tensor) -> Tensor:
-        pixels = holding.pixels[places.to(holding.pixels.device)]
+        device = holding.pixels.device
+        pixels = holding.pixels[sent(places, device)]
         if job.draws is None:
             return normalise(pixels)
         sizes = holding.sizes[places]
         scale = (self.stored_size / sizes).repeat(1, 2)  # [B, 4]
         boxes = torch.from_numpy(crop_boxes(sizes.numpy(), job.draws)) * scale
         mirrored = torch.from_numpy(flips(job.draws))
-        return normalise(resample(pixels, boxes.float().to(pixels.device), mirrored.to(pixels.device), self.size))
+        return normalise(resample(pixels, sent(boxes.float(), device), sent(mirrored, device), self.size))
 
 
 def free_memory(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.pictures.draws import Floats
+from utils.transfer import sent
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, scaled to [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -204,9 +205,8 @@ def normalise(pixels: Tensor) -> Tensor:
     Returns:
         The model's input, [B, 3, R, R] float32.
     """
-    mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
-    std = torch.tensor(STD, device=pixels.device)[:, None, None]
-    scale, shift = 1 / (255 * std), mean / std
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    scale, shift = (sent(numbers, pixels.device) for numbers in (1 / (255 * std), mean / std))
     if pixels.device.type != "cpu":
         return pixels.to(torch.float32, copy=True).mul_(scale).sub_(shift)
     # One picture at a time stays in the processor's cache, and NumPy, unlike torch, asks for huge pages: much faster

@@ -14,6 +14,7 @@ from dataset.pictures.jobs import Job
 from dataset.pictures.reading import Pictures
 from dataset.pictures.transforms import View, normalise
 from utils.signals import end_with_parent
+from utils.transfer import sent
 
 
 class WorkerSource:
@@ -78,7 +79,7 @@ class WorkerSource:
                 ) from None
             if isinstance(result, str):
                 raise UserError(result)
-            yield [normalise(pixels.to(self.device, non_blocking=True)) for pixels in result]
+            yield [normalise(sent(pixels, self.device)) for pixels in result]
 
     def close(self) -> None:
         """Ends the workers; a pass that is not over gives no more.
