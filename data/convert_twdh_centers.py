@@ -9,6 +9,7 @@ arrays is taken out of a .pkl: a pickle that asks for anything else is refused b
 
 import logging
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from utils.files import make_folder
 log = logging.getLogger(__name__)
 
 KINDS = ("long", "short", "trans")
+NUMBER = re.compile("[1-9][0-9]*")  # of 16 and 016, not both
 NUMBERS = (  # types with all arithmetic; of torch's others, some have no comparison, some no values at all
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -44,11 +46,13 @@ def read_array(path: Path) -> Tensor:
         path: The file.
 
     Returns:
-        The array, [...], of the file's type.
+        The array, [...], in float32.
 
     Raises:
         UserError: If the file is damaged, holds anything but one array, or would run code.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file; download it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -61,7 +65,7 @@ def read_array(path: Path) -> Tensor:
         raise UserError(f"{path} is damaged, or no file of torch.save; download it again") from None
     if not isinstance(content, Tensor) or not _is_plain(content):
         raise UserError(f"{path} holds {type(content).__name__}, not one real array; it is no file of centres")
-    return content.detach()
+    return content.detach().float()
 
 
 def read_set(source: Path) -> dict[int, HashCenters]:
@@ -81,11 +85,12 @@ def read_set(source: Path) -> dict[int, HashCenters]:
         lacking = "short" if longs else "long"
         raise UserError(f"{source / lacking} holds no <bits>.pkl; --source names what the authors published")
     arrays = {path: read_array(path) for path in (*longs.values(), *shorts.values())}
-    classes = len(next(iter(arrays.values()))) if next(iter(arrays.values())).dim() else 0
+    first = next(iter(arrays.values()))
+    classes = max(1, len(first) if first.dim() else 0)
     for lengths in (longs, shorts):
         for bits, path in lengths.items():
             check_centers(arrays[path], (classes, bits), str(path), signs=True)
-    short = {bits: arrays[path].float() for bits, path in shorts.items()}
+    short = {bits: arrays[path] for bits, path in shorts.items()}
     found = {}
     for long_bits, path in longs.items():
         transforms = {}
@@ -94,8 +99,8 @@ def read_set(source: Path) -> dict[int, HashCenters]:
                 raise UserError(f"{trans} leads to {bits} bits, but {source / 'short' / f'{bits}.pkl'} is not there")
             transform = read_array(trans)
             check_centers(transform, (2 * long_bits, 2 * bits), str(trans), signs=False)
-            transforms[bits] = transform.float()
-        found[long_bits] = HashCenters(arrays[path].float(), short, transforms)
+            transforms[bits] = transform
+        found[long_bits] = HashCenters(arrays[path], short, transforms)
     return found
 
 
@@ -158,7 +163,7 @@ def _is_plain(array: Tensor) -> bool:
 
 def _by_bits(folder: Path) -> dict[int, Path]:
     """The files `<bits>.pkl` of a folder by their bits, ascending; empty where there is no folder."""
-    return dict(sorted((int(path.stem), path) for path in folder.glob("*.pkl") if path.stem.isdecimal()))
+    return dict(sorted((int(path.stem), path) for path in folder.glob("[1-9]*.pkl") if NUMBER.fullmatch(path.stem)))
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ CLASSES = (
 PROTOCOLS = {
     "dcmht": Protocol(
         rule="pictures with a label, by number as a text (1, 10, 100, ...); text: all tags",
-        papers="DCMHT, DSPH, DNPH, TwDH, VTPH, DIMCH, UMoED",
+        papers="DCMHT, DSPH, DNPH, TwDH, DIMCH, UMoED",
         known={"pairs": 24_581, "labels": 24},
     ),
     "mith": Protocol(
         rule="pictures with a label and a tag that 20 pictures have, by number; text: those tags",
-        papers="MITH, CFRH, and the DCMH line before them",
+        papers="MITH, VTPH, CFRH, and the DCMH line before them",
         known={"pairs": 20_015, "labels": 24, "tags that 20 pictures have": 1_386},
     ),
 }

@@ -39,12 +39,12 @@ NO_TAGS = "123456"  # DCMHT's text for a picture without tags
 PROTOCOLS = {
     "dcmht": Protocol(
         rule="pictures with one of the 21 labels; text: all tags, 123456 where there are none",
-        papers="DCMHT, DSPH, DNPH, TwDH, VTPH, DIMCH, UMoED",
+        papers="DCMHT, DSPH, DNPH, TwDH, DIMCH, UMoED",
         known={"pairs": 195_834, "labels": 21, "pictures listed": 269_648},
     ),
     "mith": Protocol(
         rule="pictures with one of the 21 labels and one of the 1,000 frequent tags; text: those tags",
-        papers="MITH",
+        papers="MITH, VTPH",
         known={"pairs": 190_421, "labels": 21, "pictures listed": 269_648, "frequent tags": 1_000},
     ),
     "tc10": Protocol(

@@ -349,6 +349,15 @@ def test_converts_one_set_or_all(tmp_path: Path) -> None:
         assert torch.equal(found.transforms[bits], centers.transforms[bits])
 
 
+def test_converter_takes_plain_numbers_of_bits_only(tmp_path: Path) -> None:
+    publish(tmp_path / "published")
+    written = convert(tmp_path / "published", tmp_path / "out")
+    content = written[0].read_bytes()
+    for name in ("short/08.pkl", "short/0.pkl", "long/\N{ARABIC-INDIC DIGIT THREE}2.pkl", "trans/32/16 (1).pkl"):
+        (tmp_path / "published" / name).write_bytes(b"no array")
+    assert convert(tmp_path / "published", tmp_path / "out") == written and written[0].read_bytes() == content
+
+
 def test_converter_as_a_command(tmp_path: Path) -> None:
     publish(tmp_path / "published")
     script = Path(__file__).parents[1] / "data/convert_twdh_centers.py"
@@ -384,6 +393,8 @@ def test_converter_runs_no_code(tmp_path: Path, zipped: bool, capsys: pytest.Cap
         ("long/32.pkl", torch.tensor(1.0), "a single number"),
         ("trans/32/8.pkl", torch.ones(64, 8), "is 64 x 8, but 64 x 16 is needed"),
         ("trans/32/8.pkl", torch.full((64, 16), float("inf")), "not finite"),
+        ("trans/32/8.pkl", torch.full((64, 16), 1e300, dtype=torch.float64), "not finite"),  # in float32
+        ("long/32.pkl", torch.ones(0, 32), "is 0 x 32, but 1 x 32 is needed"),
         ("trans/32/16.pkl", torch.ones(64, 32), "leads to 16 bits"),
         ("short/8.pkl", {"centers": torch.ones(5, 8)}, "holds dict, not one real array"),
         ("short/8.pkl", torch.ones(5, 8, dtype=torch.complex64), "not one real array"),
