@@ -29,9 +29,16 @@ def build_optimizers(
         Optimizer name -> optimizer, in the model's order.
 
     Raises:
-        UserError: If the names of optimizers or of groups differ between config and model, or a parameter stands twice.
+        UserError: If the names of optimizers or of groups differ between config and model, a parameter stands twice, or
+            an optimizer cannot be built.
     """
     _require_same_names(list(optim), list(groups), "optim", "optimizer")
+    for name, entry in optim.items():
+        if not callable(getattr(OPTIMIZERS.get(entry.type), "build", None)):
+            raise UserError(
+                f"optim.{name}.type: {entry.type} lacks the classmethod build(groups, config, total_steps), which "
+                "every optimizer of common/optimizers/ has"
+            )
     owner: dict[int, str] = {}
     for name, members in groups.items():
         _require_same_names(list(optim[name].lr), list(members), f"optim.{name}.lr", "parameter group")

@@ -151,7 +151,7 @@ class Registry(Generic[T]):
         near = near_names(name, known)
         return UserError(
             f"unknown {self.kind} {name!r}{near or ';'} {'R' if near else 'r'}egistered: {', '.join(known)}{failed}; "
-            "one of your own is registered by its decorator, in a file that --import names"
+            "one of your own is there once its file is imported (--import FILE)"
         )
 
     @cached_property

@@ -18,6 +18,7 @@ from common.optimizers import bert_adam as bert_adam_file
 from common.optimizers.base import scheduled_factor
 from common.optimizers.bert_adam import BertAdam, BertAdamConfig, ClippedBertAdamConfig
 from common.optimizers.torch_optimizers import SGD, Adam, AdamW
+from common.registry import OPTIMIZERS
 from common.schemas import OptimizerConfig
 from tests.worked import wave
 
@@ -442,6 +443,13 @@ def test_a_parameter_that_stands_twice_is_refused() -> None:
         build_optimizers(
             {"main": bert_adam({"a": 0.1}), "other": sgd({"b": 0.1})}, {"main": {"a": [p]}, "other": {"b": [p]}}, 10
         )
+
+
+def test_an_optimizer_that_cannot_be_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS._classes, "Mine", torch.optim.SGD)
+    config = OptimizerConfig(type="Mine", lr={"head": 0.1})
+    with pytest.raises(UserError, match=r"optim.main.type: Mine lacks the classmethod build\(groups, config"):
+        build_optimizers({"main": config}, {"main": {"head": [Parameter(torch.ones(1))]}}, 3)
 
 
 @pytest.mark.parametrize("cls", [BertAdam, SGD, Adam, AdamW])
