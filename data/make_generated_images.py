@@ -47,7 +47,7 @@ from dataset.columns import CaptionColumn
 from dataset.mat import COUNTERPART_SOURCE
 from dataset.pictures.draws import Purpose, uniform
 from dataset.pictures.reading import PictureFiles
-from utils.files import LOCK, atomic, claimed, write_json, write_text
+from utils.files import atomic, claimed, write_json, write_text
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def _claim_contents(folder: Path, source: dict[str, Any]) -> None:
             same = False
         if not same:
             raise UserError(f"{folder} holds pictures of other texts or settings; remove it, or name another --output")
-    elif others := sorted({entry.name for entry in folder.iterdir()} - {LOCK}):
+    elif others := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
         raise UserError(f"{folder} holds {others[0]}, which was not made here; name another --output")
     else:
         write_json(path, source)

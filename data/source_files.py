@@ -227,9 +227,12 @@ def inspect_picture(path: Path) -> Picture | None:
         status = path.stat()
         if not path.is_file():  # a pipe would be waited for
             return Picture(status.st_size, status.st_mtime_ns, "no regular file")
-        content = path.read_bytes()
     except OSError:
         return None
+    try:
+        content = path.read_bytes()
+    except OSError as error:  # at time 0: may be otherwise next time, without any change that the file's time tells
+        return Picture(status.st_size, 0, f"cannot be read ({error.strerror})")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             mode, (width, height) = picture.mode, picture.size
@@ -251,7 +254,7 @@ def inspect_picture(path: Path) -> Picture | None:
 def _subfolders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+            return sorted(Path(entry.path) for entry in entries if os.path.isdir(entry.path))  # links in a circle: none
     except OSError:
         return []
 

@@ -72,6 +72,26 @@ def test_find_passes_over_what_may_not_be_looked_at(tmp_path: Path) -> None:
         assert find(tmp_path, "x", "x.zip") == tmp_path / "unpacked/x"
 
 
+def test_find_passes_over_links_that_lead_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "unpacked/x").mkdir(parents=True)
+    (tmp_path / "a").symlink_to("a")
+    assert find(tmp_path, "x", "x.zip") == tmp_path / "unpacked/x"
+
+
+def test_a_picture_that_may_not_be_read_is_no_missing_one_and_looked_at_again(tmp_path: Path) -> None:
+    path, root = tmp_path / "source/1.jpg", tmp_path / "root"
+    miniatures.picture(path, 1)
+    root.mkdir(mode=0o777)
+    root.chmod(0o777)
+    path.chmod(0)
+    with without_rights(tmp_path / "source"):
+        picture = scan_pictures(tmp_path / "source", ["1.jpg"], root)["1.jpg"]
+    assert picture is not None and picture.fault == "cannot be read (Permission denied)"
+    path.chmod(0o644)
+    picture = scan_pictures(tmp_path / "source", ["1.jpg"], root)["1.jpg"]
+    assert picture is not None and picture.fault == ""
+
+
 def test_a_pipe_in_place_of_an_annotation_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "instances_train2017.json")
     for read in (read_bytes, read_objects):
