@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,18 +34,20 @@ from utils.progress import progress
 
 log = logging.getLogger(__name__)
 REQUIREMENTS = "requirements-generation.txt"
+PARTS = ("AutoImageProcessor", "AutoTokenizer", "AutoModelForImageTextToText")  # of transformers
 
 
-def optional(package: str) -> ModuleType:
-    """Imports a package of `requirements-generation.txt`.
+def optional(package: str, name: str) -> Any:
+    """Imports a class from a package of `requirements-generation.txt`.
 
     Raises:
-        UserError: If it is not installed.
+        UserError: If it is not installed, too old, or lacks what it needs itself.
     """
     try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f"{package} cannot be imported ({error}); pip install -r {REQUIREMENTS}") from None
+        return getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError, RuntimeError) as error:  # they import their parts when these are asked for
+        reason = _reason(error)
+        raise UserError(f"{package}.{name} cannot be imported ({reason}); pip install -r {REQUIREMENTS}") from None
 
 
 def open_pretrained(load: Callable[..., Any], model: str, **options: Any) -> Any:
@@ -99,12 +100,12 @@ class Captioner:
     """
 
     def __init__(self, model: str, device: torch.device, max_tokens: int, beams: int) -> None:
-        transformers = optional("transformers")
+        processor, tokenizer, network = (optional("transformers", name) for name in PARTS)
         self.settings = {"model": model, "max_tokens": max_tokens, "beams": beams}
         self._device = device
-        self._processor = open_pretrained(transformers.AutoImageProcessor.from_pretrained, model)
-        self._tokenizer = open_pretrained(transformers.AutoTokenizer.from_pretrained, model)
-        self._model = open_pretrained(transformers.AutoModelForImageTextToText.from_pretrained, model)
+        self._processor = open_pretrained(processor.from_pretrained, model)
+        self._tokenizer = open_pretrained(tokenizer.from_pretrained, model)
+        self._model = open_pretrained(network.from_pretrained, model)
         self._model.to(device).eval()
 
     @torch.no_grad()

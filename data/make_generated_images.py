@@ -28,6 +28,7 @@ from common.config import Config
 from common.errors import UserError
 from data.command_line import named_path
 from data.generation import (
+    PARTS,
     Captioner,
     Journal,
     base_parser,
@@ -53,6 +54,7 @@ from utils.progress import progress
 log = logging.getLogger(__name__)
 CAPTIONS = "captions.txt"
 JOURNAL = ".captions.part"
+PIPELINE = ("diffusers", "AutoPipelineForText2Image")
 
 
 def query_texts(data: PairedDataset, config: Config) -> list[str]:
@@ -83,8 +85,8 @@ def make(options: argparse.Namespace, config: Config, device: torch.device) -> N
     Raises:
         UserError: If data, models or folder are not as they must be.
     """
-    for package in ("diffusers", "transformers"):
-        optional(package)  # before hours of work with one of them
+    for package, name in (PIPELINE, *(("transformers", part) for part in PARTS)):
+        optional(package, name)  # before hours of work with one of them
     data = open_bare_dataset(config)
     texts = query_texts(data, config)
     folder = options.output or Path(config.dataset.root) / "generated"
@@ -173,9 +175,9 @@ def open_pipeline(model: str, device: torch.device) -> Any:
     Raises:
         UserError: If the packages are not installed, or the model cannot be opened or is of another kind.
     """
-    diffusers = optional("diffusers")
+    pipelines = optional(*PIPELINE)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipeline = open_pretrained(diffusers.AutoPipelineForText2Image.from_pretrained, model, dtype=dtype).to(device)
+    pipeline = open_pretrained(pipelines.from_pretrained, model, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -336,18 +337,21 @@ def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("module", [None, ModuleType("old")])
 @pytest.mark.parametrize("package", ["transformers", "diffusers"])
-def test_packages_that_are_not_installed(
+def test_packages_that_are_not_installed_or_too_old(
     package: str,
+    module: ModuleType | None,
     diffusion: Path,
     blip: Path,
     root: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, package, module)
     error = refused(capsys, generated(diffusion, blip, root))
-    assert f"{package} cannot be imported" in error and "pip install -r requirements-generation.txt" in error
+    assert f"error: {package}.Auto" in error and " cannot be imported (" in error
+    assert "pip install -r requirements-generation.txt" in error
 
 
 def test_mistakes_are_one_line(
