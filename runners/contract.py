@@ -1,5 +1,6 @@
 """Guards of the contract of `models/base.py`: what a method gives is checked where it is first taken."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.types import DataInfo
 from models.base import ClipHashingModel, HashingModel, ParamGroups
+from utils.distributed import world_size
 
+logger = logging.getLogger(__name__)
 _OF_TORCH = vars(nn.Module()).keys()  # what every module keeps of its own
 Form = dict[str, tuple[torch.Size, torch.dtype]]  # name of an entry of a state -> its shape and kind
 
@@ -80,20 +83,24 @@ def trained_groups(model: HashingModel) -> ParamGroups:
 
 
 def require_gradients(model: HashingModel) -> None:
-    """Refuses a model of which a part is not trained, after the backward pass of its loss.
+    """Names what the first step of a run did not train, after the backward pass of its loss.
 
     Raises:
-        UserError: If the model says that its loss reaches every trainable parameter, and it does not.
+        UserError: If the model says that its loss reaches every trainable parameter, and it does not, where several
+            processes would wait for the gradients that do not come.
     """
     if not model.loss_reaches_all:
         return
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if left_out:
-        raise UserError(
+        said = (
             f"{type(model).__name__}: the loss does not depend on {len(left_out)} trainable parameters (first: "
             f"{left_out[0]}); remove them, set requires_grad_(False), or, if another step's loss does, let "
             "loss_reaches_all be False"
         )
+        if world_size() > 1:
+            raise UserError(said)
+        logger.warning("%s", said)
 
 
 def form_of_state(model: HashingModel) -> Form:
@@ -102,11 +109,6 @@ def form_of_state(model: HashingModel) -> Form:
     Raises:
         UserError: If a checkpoint cannot keep all of its state, or not give it back.
     """
-    for name in _loose_tensors(model):
-        raise UserError(
-            f"{type(model).__name__}: {name} is a tensor that no checkpoint keeps and no device gets; register it with "
-            "register_buffer, or use a local variable"
-        )
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             what = f"is a {type(value).__name__}, but a checkpoint keeps tensors alone; keep it in a buffer"
@@ -136,6 +138,17 @@ def require_form(model: HashingModel, form: Form) -> None:
                 f"{type(model).__name__}: {name} of its state was {before} and is now {after}, so that no checkpoint "
                 "could be read back; register it with its final shape and write into it"
             )
+
+
+def warn_of_loose_tensors(model: HashingModel) -> None:
+    """Names the tensors of a model that are neither parameters nor buffers: a run that goes on would not have them."""
+    for name in _loose_tensors(model):
+        logger.warning(
+            "%s: %s is a tensor that no checkpoint keeps and no device gets; register it with register_buffer, or use "
+            "a local variable",
+            type(model).__name__,
+            name,
+        )
 
 
 def _loose_tensors(model: HashingModel) -> Iterator[str]:

@@ -209,14 +209,8 @@ EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    d
         (GROUPS, "list(self.parameters())", "Toy.param_groups returns no {optimizer: {group: parameters}}"),
         ("list(self.parameters())", "self.image.weight", "Toy.param_groups: main.all is no list of parameters"),
         ("list(self.parameters())", "[self.image.weight]", "Toy.param_groups leaves out 3 trainable parameters"),
-        (
-            "self.image",
-            "self.unused = nn.Linear(2, 3)\n        self.image",
-            "Toy: the loss does not depend on 2 trainable",
-        ),
         ("1.0, -1.0)", "1.0, -1.0) > 0", "Toy.encode_image returned torch.bool; codes are a float32 tensor"),
         ("1.0, -1.0)", "1.0, -1.0).numpy()", "Toy.encode_image returned a ndarray; codes are"),
-        ("self.image", BANK, "Toy: bank is a tensor that no checkpoint keeps and no device gets; register it"),
         ("labels = gather", LAZY, "Toy: bank of its state was nothing and is now [16] torch.float32, so that no"),
         ("self.image", BUFFER, "Toy: rows of its state has several places for one number"),
     ],
@@ -230,6 +224,17 @@ def test_mistakes_in_a_method_are_said_in_one_line(
     settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
     ((code, _, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings)
     assert code == 2 and f"error: {expected}" in err and "Traceback" not in err, err
+
+
+def test_what_a_method_neither_trains_nor_keeps_is_named(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """It may be meant so, on one process and one device."""
+    own = toy(tmp_path)
+    (tmp_path / "toy.py").write_text(TOY.replace("self.image", f"self.unused = nn.Linear(2, 3)\n        {BANK}", 1))
+    settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
+    ((code, _, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings, "run.epochs=1")
+    assert code == 0, err
+    assert "Toy: the loss does not depend on 2 trainable parameters (first: unused.weight)" in err
+    assert err.count("Toy: bank is a tensor that no checkpoint keeps and no device gets; register it") == 1
 
 
 def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
