@@ -122,6 +122,8 @@ def make(root: Path, size: int, workers: int) -> None:
         )
     source = _source(size)
     root = root.resolve()  # behind a link lies the folder that is to be written: the link stays
+    if root.is_mount() and not _is_made(root, source):
+        raise UserError(f"{root}: a disk is mounted there, which cannot be renamed; name a folder in it with --root")
     try:
         with in_turn(root.parent, "--root"):
             _replace(root, source, workers)

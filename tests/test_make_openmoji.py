@@ -25,6 +25,7 @@ from data.mat_files import write_mat
 from dataset.openmoji import OpenmojiConfig, OpenmojiDataset
 from dataset.splits import make_splits
 from tests.datasets import permutation
+from tests.disks import small_disk_at
 from utils.files import LOCK
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -254,6 +255,14 @@ def test_a_link_to_a_folder_stays_and_the_folder_is_written(few_drawings: None, 
         make(link, size=size, workers=1)
         assert link.is_symlink() and (disk / "index.mat").is_file()
         assert sorted(os.listdir(tmp_path)) == ["disk", "openmoji"]
+
+
+def test_a_disk_in_place_of_the_folder(few_drawings: None, tmp_path: Path) -> None:
+    with small_disk_at(tmp_path / "disk", "1m") as disk:
+        with pytest.raises(UserError, match="disk: a disk is mounted there.*name a folder in it with --root"):
+            make(disk, size=16, workers=1)
+        make(disk / "openmoji", size=16, workers=1)
+        assert os.listdir(disk) == ["openmoji"]
 
 
 def test_the_folder_that_one_stands_in(
