@@ -1,6 +1,7 @@
 """Guards of the contract of `models/base.py`: what a method gives is checked where it is first taken."""
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
@@ -14,6 +15,7 @@ from utils.distributed import world_size
 
 logger = logging.getLogger(__name__)
 _OF_TORCH = vars(nn.Module()).keys()  # what every module keeps of its own
+_SEVERAL = (list, tuple, set, deque)  # collections that attributes may be
 Form = dict[str, tuple[torch.Size, torch.dtype]]  # name of an entry of a state -> its shape and kind
 
 
@@ -140,24 +142,25 @@ def require_form(model: HashingModel, form: Form) -> None:
             )
 
 
-def warn_of_loose_tensors(model: HashingModel) -> None:
-    """Names the tensors of a model that are neither parameters nor buffers: a run that goes on would not have them."""
-    for name in _loose_tensors(model):
+def warn_of_loose_state(model: HashingModel) -> None:
+    """Names tensors and modules of a model that are not registered: no optimizer, device or checkpoint gets them."""
+    for name, kind in _loose(model):
         logger.warning(
-            "%s: %s is a tensor that no checkpoint keeps and no device gets; register it with register_buffer, or use "
-            "a local variable",
+            "%s: %s is a %s that no checkpoint keeps and no device gets; register it %s",
             type(model).__name__,
             name,
+            kind,
+            "with register_buffer, or use a local variable" if kind == "tensor" else "in an nn.ModuleList, say",
         )
 
 
-def _loose_tensors(model: HashingModel) -> Iterator[str]:
-    """Names of tensors that modules hold beside their parameters and buffers, singly or in a list, tuple or dict."""
-    registered = {id(value) for value in (*model.parameters(), *model.buffers())}
+def _loose(model: HashingModel) -> Iterator[tuple[str, str]]:
+    """Name and kind of attributes with a tensor or module, itself or in a collection, that is not registered."""
+    registered = {id(value) for value in (*model.parameters(), *model.buffers(), *model.modules())}
     for place, module in model.named_modules():
         for key, value in vars(module).items():
-            inside = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            )
-            if key not in _OF_TORCH and any(isinstance(v, Tensor) and id(v) not in registered for v in inside):
-                yield f"{place}.{key}".lstrip(".")
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, _SEVERAL) else [value]
+            kinds = {type(part) for part in inside if id(part) not in registered} if key not in _OF_TORCH else ()
+            for kind, base in (("tensor", Tensor), ("module", nn.Module)):
+                if any(issubclass(found, base) for found in kinds):
+                    yield f"{place}.{key}".lstrip("."), kind

@@ -20,7 +20,7 @@ from common.state_writer import StateWriter
 from common.types import Progress, StepOutput
 from models.base import HashingModel
 from runners import diagnostics, encoding
-from runners.contract import form_of_state, require_form, require_gradients, trained_groups, warn_of_loose_tensors
+from runners.contract import form_of_state, require_form, require_gradients, trained_groups, warn_of_loose_state
 from runners.evaluation import Evaluator, save_codes
 from runners.results import results_table, summarise
 from runners.resuming import RunState, check_resumable, claim_folder, newest_checkpoint, state_of
@@ -78,7 +78,7 @@ class Runner:
         self.train_loader = training_loader(self.config, self.dataset, self.model, self.device)
         self.steps = run.epochs * len(self.train_loader)
         groups, self.form = trained_groups(self.model), form_of_state(self.model)
-        warn_of_loose_tensors(self.model)
+        warn_of_loose_state(self.model)
         spare_memory(self.model, run)
         self.optimizers = build_optimizers(self.config.optim, groups, self.steps)
         if loaded is not None:

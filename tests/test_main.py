@@ -186,6 +186,7 @@ def test_a_method_from_outside_trains(tmp_path: Path, tiny_overrides: list[str])
 
 MODULES = "model.name: the Config of Toy is no schema of a model; derive it from ModelConfig"
 GROUPS = '{"main": {"all": list(self.parameters())}}'
+UNTRAINED = "self.unused, self.heads = nn.Linear(2, 3), [nn.Linear(2, 3), nn.Linear(2, 3)]\n        "
 BANK = "self.bank = torch.zeros(3, 16)\n        self.image"
 LAZY = """if not hasattr(self, "bank"):
             self.register_buffer("bank", torch.zeros(16))
@@ -229,12 +230,13 @@ def test_mistakes_in_a_method_are_said_in_one_line(
 def test_what_a_method_neither_trains_nor_keeps_is_named(tmp_path: Path, tiny_overrides: list[str]) -> None:
     """It may be meant so, on one process and one device."""
     own = toy(tmp_path)
-    (tmp_path / "toy.py").write_text(TOY.replace("self.image", f"self.unused = nn.Linear(2, 3)\n        {BANK}", 1))
+    (tmp_path / "toy.py").write_text(TOY.replace("self.image", f"{UNTRAINED}{BANK}", 1))
     settings = [entry for entry in tiny_overrides if not entry.startswith("model.")]
     ((code, _, err),) = run_processes(run, 1, *own, "--save-dir", str(tmp_path / "run"), *settings, "run.epochs=1")
     assert code == 0, err
     assert "Toy: the loss does not depend on 2 trainable parameters (first: unused.weight)" in err
     assert err.count("Toy: bank is a tensor that no checkpoint keeps and no device gets; register it") == 1
+    assert err.count("Toy: heads is a module that no checkpoint keeps and no device gets; register it") == 1
 
 
 def test_mistakes_in_an_imported_file_are_named(tmp_path: Path) -> None:
