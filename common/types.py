@@ -14,7 +14,8 @@ class Batch(Mapping[str, Tensor]):
 
     * `index` [B] int64: the row's place in its split. Always there.
     * `image` [B, 3, R, R] float32: transformed and normalised pixels.
-    * `text` [B, L] int64: token ids, start 49406, end 49407, zero padded.
+    * `text` [B, L] int64: token ids, zero padded; start and end are the last two of the vocabulary (OpenAI's: 49406 and
+      49407).
     * `labels` [B, C] float32: multi-hot, 0 or 1.
     * `image_caption` [B, L] int64: token ids of a sentence that describes the picture.
     * `counterpart_image` [B, 3, R, R], `counterpart_caption` [B, L]: the picture that stands in for a text's missing
