@@ -88,8 +88,8 @@ def prepare(title: str, protocol: Protocol, pairs: Pairs, source: Path, root: Pa
         skip_broken: Leave out pairs whose picture is missing or broken; otherwise they stop the preparation.
 
     Raises:
-        UserError: If pictures are missing or broken, or something cannot be written. The files of an earlier
-            preparation are then untouched.
+        UserError: If there are no pairs, names cannot stand in the files, pictures are missing or broken, or something
+            cannot be written. But for the report, the files of an earlier preparation are then untouched.
     """
     if not pairs.images:
         raise UserError(f"{source}: no pair has a label and, where the protocol asks for them, tags; unpack it again")
