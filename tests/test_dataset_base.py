@@ -17,6 +17,7 @@ from dataset.texts.captions import Captions
 from dataset.texts.tokenizer import tokenize
 from dataset.texts.word_vectors import WordVectors
 from tests import datasets
+from utils.seeding import seed_torch
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,16 @@ def test_draws_are_uniform_and_independent():
     assert np.abs(histogram - 2000).max() < 5 * np.sqrt(2000)
     correlation = np.corrcoef(np.concatenate([drawn.T, np.roll(drawn.T, 1, axis=1)])) - np.eye(8)
     assert np.abs(correlation).max() < 0.04
+
+
+def test_draws_are_those_of_every_version():
+    """A run's config.yaml alone reproduces it, also with a later version."""
+    drawn = [uniform(1, 2, purpose, np.array([0, 3]), 2)[1, 0] for purpose in Purpose]
+    assert drawn == pytest.approx([0.92697220580646, 0.58146857267366, 0.10314828176413, 0.41893706290517], abs=1e-13)
+    assert permutation(1, 0, 10).tolist() == [3, 8, 2, 5, 0, 7, 4, 6, 1, 9]
+    with torch.random.fork_rng():
+        seed_torch(1, 5)
+        assert torch.initial_seed() == 7576354313457842240
 
 
 def test_the_largest_seed_works():
