@@ -53,7 +53,8 @@ class HashingModel(nn.Module, ABC):
     resumed run is exact. The loss is that of the global batch: rows are gathered from all processes
     (`utils.distributed`), then everything is computed as if on one device. Random draws use torch's global generator,
     which the runner seeds alike on every process before every step; a layer before the gathering draws for the rows of
-    all processes (`models.blocks.dropout`), so that their generators stay alike.
+    all processes (`models.blocks.dropout`), so that their generators stay alike. A CLIP that the settings name is the
+    attribute `backbone`, where checkpoints look for it.
     """
 
     Config: ClassVar[type[ModelConfig]]

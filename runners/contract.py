@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.types import DataInfo
-from models.base import ClipHashingModel, HashingModel, ParamGroups
+from models.base import HashingModel, ParamGroups
+from models.clip.towers import CLIP
 from utils.distributed import world_size
 
 logger = logging.getLogger(__name__)
@@ -41,14 +42,22 @@ def require_whole(cls: Any, name: str) -> None:
 
 
 def require_backbone(model: HashingModel, data: DataInfo) -> None:
-    """Refuses a prepared method whose CLIP has nothing of the pretrained weights.
+    """Refuses a prepared method whose CLIP is not found under its name, or has nothing of the pretrained weights.
 
     Raises:
         UserError: As said.
     """
-    if isinstance(model, ClipHashingModel) and data.clip.weights is not None:
-        own = model.backbone.state_dict()
-        matrices = (name for name, value in data.clip.weights.items() if value.ndim > 1)
+    if data.backbone is None:
+        return
+    towers = dict(model.named_children()).get("backbone")
+    if not isinstance(towers, CLIP):
+        raise UserError(
+            f"{type(model).__name__} has no CLIP as its attribute backbone, where checkpoints look for it; name it "
+            "so, or derive the class from ClipHashingModel"
+        )
+    if data.clip.weights is not None:
+        own = towers.state_dict()
+        matrices = (name for name, value in data.clip.weights.items() if value.ndim > 1 and name in own)
         if not any(torch.equal(own[name], data.clip.weights[name].to(own[name].dtype)) for name in matrices):
             raise UserError(
                 f"{type(model).__name__}.prepare left CLIP without its weights; call super().prepare(data) in it"

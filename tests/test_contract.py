@@ -252,6 +252,10 @@ def test_a_prepare_that_leaves_clip_as_it_was_drawn_is_refused() -> None:
         require_backbone(model, data)
     model.prepare(data)
     require_backbone(model, data)
+    model.towers = model.backbone
+    del model.backbone
+    with pytest.raises(UserError, match="DNpH has no CLIP as its attribute backbone, where checkpoints look for it"):
+        require_backbone(model, data)
 
 
 def _name(model: HashingModel) -> str:
