@@ -6,12 +6,13 @@ needs it load only then, so that help, lists and mistakes are answered at once.
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load, which takes seconds: no traceback
+if __name__ == "__main__":
+    from utils.signals import die_of_interrupts
+
+    die_of_interrupts()
 
 from common.errors import UserError
 from common.registry import DATASETS, INDEXES, MODELS, OPTIMIZERS, RUNNERS
