@@ -98,7 +98,8 @@ class StepOutput:
 
     Attributes:
         loss: Scalar to minimise, over the global batch.
-        terms: Scalars for the log, by name: `likelihood`, `contrast`, `quantization`, ...
+        terms: Scalars for the log, by name: `likelihood`, `contrast`, `quantization`, ... What is logged as `loss` is
+            the loss itself.
         stages: What is to be done in turn once all optimizers have updated by `loss`.
     """
 

@@ -42,7 +42,7 @@ def require_whole(cls: Any, name: str) -> None:
 
 
 def require_backbone(model: HashingModel, data: DataInfo) -> None:
-    """Refuses a prepared method whose CLIP is not found under its name, or has nothing of the pretrained weights.
+    """Refuses a prepared method whose CLIP has nothing of the pretrained weights; warns of one under another name.
 
     Raises:
         UserError: As said.
@@ -51,10 +51,12 @@ def require_backbone(model: HashingModel, data: DataInfo) -> None:
         return
     towers = dict(model.named_children()).get("backbone")
     if not isinstance(towers, CLIP):
-        raise UserError(
-            f"{type(model).__name__} has no CLIP as its attribute backbone, where checkpoints look for it; name it "
-            "so, or derive the class from ClipHashingModel"
+        logger.warning(
+            "%s has no CLIP as its attribute backbone, where checkpoints look for it: other uses than --evaluate will "
+            "refuse them; name it so, or derive the class from ClipHashingModel",
+            type(model).__name__,
         )
+        return
     if data.clip.weights is not None:
         own = towers.state_dict()
         matrices = (name for name, value in data.clip.weights.items() if value.ndim > 1 and name in own)

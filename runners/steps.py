@@ -74,12 +74,11 @@ def _require_numbers(name: str, output: StepOutput) -> None:
     """Refuses what torch would refuse in words that do not name it."""
     if not isinstance(output, StepOutput):
         raise UserError(f"the {name} of a training step is a {type(output).__name__}; return StepOutput(loss, terms)")
-    if not isinstance(output.terms, Mapping) or name in output.terms:
-        wrong = f"include {name!r} itself" if isinstance(output.terms, Mapping) else "are no dict"
-        raise UserError(f"the terms beside the {name} of a training step {wrong}; give name -> scalar, other names")
+    if not isinstance(output.terms, Mapping):
+        raise UserError(f"the terms beside the {name} of a training step are no dict; give name -> scalar")
     if not all(isinstance(stage, Stage) for stage in output.stages):
         raise UserError(f"the stages beside the {name} of a training step are no Stages; see common/types.py")
-    for what, value in {name: output.loss, **output.terms}.items():
+    for what, value in {**output.terms, name: output.loss}.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
             kind = f"of the shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise UserError(f"{what} of a training step is {kind}; a loss or a term is one number, as mean() gives it")
@@ -107,7 +106,7 @@ class StepLog:
         """Takes what the passes of a step gave: the loss of each under its name, and its terms."""
         values: dict[str, Tensor] = {}
         for name, output in passes:
-            found = {name: output.loss, **output.terms}
+            found = {name: output.loss} | {term: value for term, value in output.terms.items() if term != name}
             if not values.keys().isdisjoint(found):
                 twice = ", ".join(sorted(values.keys() & found.keys()))
                 raise UserError(f"two passes of a training step have values called {twice}; give each its own name")
