@@ -96,9 +96,13 @@ def run(options: argparse.Namespace) -> int:
         say(list_registered())
         return 0
     if options.config_file is not None and not options.imports:
-        from common.config import check_early
+        from common.config import load_early
+        from runners.settings import overrides_of, print_config
 
-        check_early(options.config_file, options.overrides)
+        config = load_early(options.config_file, overrides_of(options))
+        if options.print_config and config is not None:
+            print_config(config)
+            return 0
     from runners import commands
 
     return commands.execute(options, list_registered)

@@ -90,35 +90,38 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return build_config(tree, origins, overrides)
 
 
-def check_early(path: Path, overrides: list[str]) -> None:
-    """Finds the mistakes in a configuration that can be told without torch, which takes seconds to load.
+def load_early(path: Path, overrides: list[str]) -> Config | None:
+    """`load_config` without torch, which takes seconds to load.
 
-    These are all but those that only the class itself can tell; `load_config` does.
+    Returns:
+        The checked configuration; None where only a class itself can tell whether it is right, and for a sweep.
 
     Raises:
-        UserError: With all that was found.
+        UserError: With all mistakes that can be told.
     """
     if has_section(path, "sweep"):
         sweep, shared = load_sweep(path, overrides)
-        check_early(Path(sweep.configs[0]), shared)  # all runs share most of what they are
-        return
+        load_early(Path(sweep.configs[0]), shared)  # all runs share most of what they are
+        return None
     origins: dict[str, str] = {}
-    tree = apply_overrides(read_layers(path, origins, ()), origins, overrides)
-    errors = _wrong_sections(tree, origins)
-    for section in SECTIONS:
-        if isinstance(tree.get(section), dict):
-            _check_section(section, tree[section], origins, errors, _schema_in_source)
-    if errors:
-        raise UserError(_joined(errors))
+    config = build_config(read_layers(path, origins, ()), origins, overrides, _schema_in_source)
+    checked = (config.model, config.dataset, *config.optim.values())
+    return None if any(section is None for section in checked) else config
 
 
-def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides: list[str] | None = None) -> Config:
+def build_config(
+    tree: Tree,
+    origins: Mapping[str, str] | None = None,
+    overrides: list[str] | None = None,
+    find: Callable[[Registry[Any], str], Any] | None = None,
+) -> Config:
     """Checks a nested dict against the schemas of the sections and of the registered classes that it names.
 
     Args:
         tree: The sections, as nested dicts.
         origins: Dotted key -> where its value came from, for messages.
         overrides: Entries `section.key=value`, as in `load_config`.
+        find: Gives the schema of a registered name; a section without one is None. By default that of its class.
 
     Raises:
         UserError: As `load_config`.
@@ -127,7 +130,7 @@ def build_config(tree: Tree, origins: Mapping[str, str] | None = None, overrides
     tree = apply_overrides(tree, origins, overrides or [])
     errors = _wrong_sections(tree, origins)
     checked = {
-        section: _check_section(section, tree[section], origins, errors)
+        section: _check_section(section, tree[section], origins, errors, find or _schema_of_class)
         for section in SECTIONS
         if isinstance(tree.get(section), dict)
     }

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from common.checkpoint_config import checkpoint_config, stored_config
 from common.config import Config, has_section, load_config
 from common.errors import UserError
 from common.registry import RUNNERS
-from common.yaml_layers import flatten
+from runners.settings import overrides_of, print_config
 from utils import launch
 from utils.logging import setup_logging
-from utils.output import say, table
+from utils.output import say
 from utils.signals import Interrupted, heed_interrupts
 
 
@@ -176,16 +175,6 @@ def import_file(path: Path) -> None:
         raise UserError(f"--import {path}{where}: {type(error).__name__}: {what}") from None
 
 
-def overrides_of(options: argparse.Namespace) -> list[str]:
-    """All `section.key=value` entries; the flags are short names of some, and come last."""
-    flags = {
-        "save_dir": options.save_dir,
-        "device": options.device,
-        "distribute": options.distribute or None,
-    }
-    return options.overrides + [f"run.{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-
-
 def read_config(options: argparse.Namespace) -> Config:
     """The configuration that the options ask for; that of the run or of the checkpoint where no file is named."""
     overrides = overrides_of(options)
@@ -206,12 +195,3 @@ def read_config(options: argparse.Namespace) -> Config:
     raise UserError(
         f"no configuration: name one with --config-file, e.g. --config-file configs/MITH/config.yaml{or_folder}"
     )
-
-
-def print_config(config: Config) -> None:
-    """Prints every value with the file, or the command line, that it came from; paths also as they were found."""
-    rows = [["key", "value", "from"]]
-    for key, value in flatten(config.tree).items():
-        found = config.found.get(key, value)
-        rows.append([key, str(value) if found == value else f"{value} ({found})", config.origins.get(key, "")])
-    say(table(rows))

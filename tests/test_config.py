@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import SECTIONS, build_config, load_config
+from common.config import SECTIONS, build_config, load_config, load_early
 from common.errors import UserError
 from common.registry import DATASETS, MODELS, OPTIMIZERS, Registry
 from common.schema_sources import schema_of
@@ -246,6 +246,16 @@ def test_schemas_from_source_are_those_of_the_classes(registry: Registry[Any]) -
             ]
 
 
+def test_what_is_read_without_torch_is_what_is_read_with_it() -> None:
+    paths = sorted((ROOT / "configs").glob("[A-Z]*/*.yaml"))
+    assert len(paths) > 30
+    for path in paths:
+        early, full = load_early(path, ["run.seed=7"]), load_config(path, ["run.seed=7"])
+        assert early is not None, path
+        assert (early.tree, early.origins, early.found) == (full.tree, full.origins, full.found), path
+        assert early.model.model_dump() == full.model.model_dump(), path
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -258,10 +268,10 @@ def test_mistakes_do_not_wait_for_torch(config: str, wrong: list[str]) -> None:
     code = """
 import sys
 from pathlib import Path
-from common.config import check_early
+from common.config import load_early
 from common.errors import UserError
 try:
-    check_early(Path("configs", sys.argv[1]), sys.argv[2:])
+    load_early(Path("configs", sys.argv[1]), sys.argv[2:])
 except UserError as error:
     print(error)
 print({"torch", "numpy"} & set(sys.modules) or "nothing")

@@ -83,8 +83,9 @@ def test_output_that_cannot_be_written(command: list[str], output: str) -> None:
 
 
 def test_ctrl_c_while_packages_load() -> None:
-    process = start("--config-file", "configs/MITH/config.yaml", "--print-config")
+    process = start("--evaluate", "no.pt")
     while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, _, err = finish(process)
