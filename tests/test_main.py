@@ -72,8 +72,6 @@ def test_help_explains_every_option() -> None:
 @pytest.mark.parametrize("command", [["--help"], ["--list"], [*MITH, "--print-config"]], ids=lambda c: c[-1])
 @pytest.mark.parametrize("output", ["gone", "closed", "full"])
 def test_output_that_cannot_be_written(command: list[str], output: str) -> None:
-    if command[-1] == "--print-config" and output != "gone":
-        pytest.skip("the same lines as --list, after seconds of loading")
     shell = {"gone": "| true; exit ${PIPESTATUS[0]}", "closed": ">&-", "full": "> /dev/full"}[output]
     done = subprocess.run(
         ["bash", "-c", f'"$@" {shell}', "-", *MAIN, *command], cwd=ROOT, capture_output=True, text=True, timeout=100
