@@ -1,73 +1,25 @@
-"""What all preparation scripts promise: nothing half written, any kill survived, one clear line for every mistake."""
+"""What all preparation scripts promise: the same files for the same source, and one clear line for every mistake."""
 
-import errno
 import io
 import json
 import os
-import random
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import scipy.io
 from scipy.io import loadmat
 
-from common.config import load_config
 from data import (
-    make_coco,
-    make_iaprtc12,
-    make_mirflickr25k,
-    make_nuswide,
-    make_wiki,
     mat_files,
-    preparation,
     source_files,
 )
 from data.preparation import REPORT
 from data.source_files import JOURNAL, inspect_picture
 from tests import datasets, miniatures
-from tests.disks import small_disk_at
-from tests.processes import in_child
-from utils.files import FolderLock
-
-SCRIPTS = {
-    "mirflickr25k": make_mirflickr25k,
-    "nuswide": make_nuswide,
-    "coco": make_coco,
-    "wiki": make_wiki,
-    "iaprtc12": make_iaprtc12,
-}
-
-
-WRITTEN = {"index.mat", "caption.mat", "label.mat", "labels.txt", REPORT, JOURNAL}
-
-
-REPOSITORY = Path(__file__).parents[1]
-MAIN = '\nif __name__ == "__main__":\n'
-ALL = sorted(path.name for path in (REPOSITORY / "data").glob("*.py") if MAIN in path.read_text())
-
-
-def source_of(name: str, folder: Path) -> Path:
-    make: Callable[[Path], Path] = getattr(miniatures, name)
-    return make(folder / "source")
-
-
-def prepare(name: str, source: Path, root: Path, *more: str) -> int:
-    script: ModuleType = SCRIPTS[name]
-    arguments = ["--source", str(source), "--root", str(root), *more]
-    return preparation.run(name, name, script.PROTOCOLS, script.collect, arguments)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Files of a folder that are no pictures."""
-    return {path.name: path.read_bytes() for path in root.iterdir() if not path.is_symlink()}
+from tests.preparing import REPOSITORY, SCRIPTS, WRITTEN, contents, prepare, source_of
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -82,79 +34,6 @@ def test_the_data_set_opens_what_was_written_without_a_path_being_named(name: st
         [mat_files.clean_text(text) for text in item] or [""] for item in pairs.captions
     ]
     assert {data.pictures.read(number).size for number in range(len(pairs.images))} == {(40, 30)}
-
-
-@pytest.fixture
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process, unlike a power failure, loses nothing that was written: without waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.mark.usefixtures("unsynced")
-@pytest.mark.parametrize(
-    "name",
-    ["mirflickr25k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coco", "nuswide", "wiki", "iaprtc12"))],
-)
-def test_killed_at_ten_random_moments_then_run_again_gives_identical_bytes(name: str, tmp_path: Path) -> None:
-    source = source_of(name, tmp_path)
-    start = time.perf_counter()
-    assert prepare(name, source, tmp_path / "whole") == 0
-    duration = time.perf_counter() - start
-    whole = contents(tmp_path / "whole")
-    assert set(whole) == WRITTEN
-    moments = random.Random(name)
-    for attempt in range(10):
-        root = tmp_path / f"root{attempt}"
-        child = in_child(lambda root=root: prepare(name, source, root))  # type: ignore[misc]
-        time.sleep(moments.uniform(0, 1.2 * duration))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        assert prepare(name, source, root) == 0
-        assert contents(root) == whole
-
-
-@pytest.mark.usefixtures("unsynced")
-@pytest.mark.slow
-def test_killed_at_every_change_of_a_name_never_leaves_a_mixture(tmp_path: Path) -> None:
-    source = source_of("nuswide", tmp_path)
-    mats = {"index.mat", "caption.mat", "label.mat", "labels.txt"}
-    sets = {}
-    for protocol in ("dcmht", "tc10"):
-        assert prepare("nuswide", source, tmp_path / protocol, "--protocol", protocol) == 0
-        sets[protocol] = {key: value for key, value in contents(tmp_path / protocol).items() if key in mats}
-
-    def work(root: Path, deadline: int) -> None:
-        steps = 0
-
-        def counted(original: Callable[..., object]) -> Callable[..., object]:
-            def step(*arguments: object, **more: object) -> object:
-                nonlocal steps
-                steps += 1
-                if steps == deadline:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments, **more)
-
-            return step
-
-        os.replace = counted(os.replace)  # type: ignore[assignment]
-        Path.unlink = counted(Path.unlink)  # type: ignore[method-assign, assignment]
-        prepare("nuswide", source, root, "--protocol", "tc10")
-
-    outcomes = []
-    for deadline in range(1, 40):
-        root = tmp_path / f"root{deadline}"
-        assert prepare("nuswide", source, root, "--protocol", "dcmht") == 0
-        child = in_child(lambda root=root, deadline=deadline: work(root, deadline))  # type: ignore[misc]
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        found = {key: value for key, value in contents(root).items() if key in mats}
-        if len(found) == len(mats):
-            assert found in sets.values()
-        outcomes.append("part" if len(found) < len(mats) else "old" if found == sets["dcmht"] else "new")
-        assert prepare("nuswide", source, root, "--protocol", "tc10") == 0
-        assert contents(root) == contents(tmp_path / "tc10") | {JOURNAL: contents(root)[JOURNAL]}
-        if not killed:
-            break
-    assert {"old", "part", "new"} == set(outcomes) and outcomes[-1] == "new"
 
 
 def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,35 +204,6 @@ def test_a_report_for_a_terminal_of_another_encoding(
     assert "1 of 5 pictures are missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("stop", "code", "said"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
-        (MemoryError(), 2, "error: "),
-        (OSError(errno.EIO, "Input/output error"), 2, "Input/output error; mend it and run again"),
-    ],
-)
-def test_stopped_in_the_middle(
-    stop: BaseException,
-    code: int,
-    said: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    source, root = source_of("wiki", tmp_path), tmp_path / "root"
-
-    def stopped(*_: object) -> None:
-        raise stop
-
-    with monkeypatch.context() as patched:
-        patched.setattr(preparation, "make_report", stopped)
-        assert prepare("wiki", source, root) == code
-    assert said in capsys.readouterr().err.splitlines()[-1]
-    assert prepare("wiki", source, root) == 0
-    assert "still to be checked" not in capsys.readouterr().err
-
-
 def test_output_into_the_source_folder_needs_no_links(tmp_path: Path) -> None:
     source = source_of("nuswide", tmp_path)
     assert prepare("nuswide", source, source) == 0
@@ -408,58 +258,6 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.Capture
     assert contents(root) == before
 
 
-def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, root = source_of("wiki", tmp_path), tmp_path / "root"
-    root.mkdir()
-    lock = FolderLock(root)
-    assert lock.acquire(wait=False)
-    assert prepare("wiki", source, root) == 2
-    assert "another run is writing there" in capsys.readouterr().err
-    lock.release()
-    assert prepare("wiki", source, root) == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 KiB."""
-    with small_disk_at(tmp_path / "disk", "32k") as disk:
-        yield disk
-
-
-def test_full_disk_is_seen_before_the_work(
-    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (small_disk / "filler").write_bytes(bytes(32 * 1024))
-    source = source_of("mirflickr25k", tmp_path)
-    assert prepare("mirflickr25k", source, small_disk) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "are needed" in error and "are free" in error
-    assert set(contents(small_disk)) == {"filler"}
-
-
-@pytest.mark.parametrize("room", [0, 4, 8, 12])
-def test_disk_that_fills_up_on_the_way(
-    room: int, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = source_of("mirflickr25k", tmp_path)
-    (small_disk / "filler").write_bytes(bytes((32 - room) * 1024))
-    monkeypatch.setattr(preparation, "_require_room", lambda *_: None)
-    assert prepare("mirflickr25k", source, small_disk) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device" in error and str(small_disk) in error
-    assert not [name for name in contents(small_disk) if name.endswith((".mat", ".part")) or name == REPORT]
-    (small_disk / "filler").unlink()
-    assert prepare("mirflickr25k", source, small_disk) == 0
-
-
-def test_read_only_folder(small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for root in (small_disk, small_disk / "new"):
-        assert prepare("wiki", source_of("wiki", tmp_path), root) == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert str(root) in error and "Read-only file system" in error and "--root" in error
-
-
 def test_started_as_a_script(tmp_path: Path) -> None:
     """From another folder, where its mistakes are a line, too."""
     source = source_of("coco", tmp_path)
@@ -468,65 +266,3 @@ def test_started_as_a_script(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
-
-
-INTERRUPTED = """
-HEAVY = ("numpy", "torch")
-import os, runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.addaudithook(lambda event, told: event == "import" and told[0] in HEAVY and os.kill(os.getpid(), 2))
-runpy.run_path(sys.argv[1], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("script", ALL)
-def test_interrupted_while_packages_load_no_script_complains(script: str) -> None:
-    command = [sys.executable, "-c", INTERRUPTED, str(REPOSITORY / "data" / script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
-
-
-def test_the_documentation_names_every_script() -> None:
-    text = (REPOSITORY / "data/README.md").read_text()
-    assert [script for script in ALL if f"python data/{script} " not in text] == []
-
-
-def words_of_methods(text: str) -> set[str]:
-    return set(re.findall(r"\b[A-Z]\w*[A-Z]\w*\b", text))
-
-
-def test_the_table_of_protocols_says_what_the_scripts_do() -> None:
-    text = (REPOSITORY / "data/README.md").read_text()
-    table = text.partition("### Protocols")[2].partition("|---")[2].partition("\n\n")[0].splitlines()[1:]
-    told: dict[str, list[tuple[str, int, int, set[str]]]] = {}
-    title = ""
-    for line in table:
-        name, protocols, pairs, labels, _, papers = (cell.strip() for cell in line.strip("|").split("|"))
-        title = name or title
-        for protocol in re.findall("`([^`]+)`", protocols):
-            row = (protocol, int(pairs.replace(",", "")), int(labels), words_of_methods(papers))
-            told.setdefault(title, []).append(row)
-    titles = ["MIRFlickr-25K", "NUS-WIDE", "MS COCO", "Wikipedia", "IAPR TC-12"]
-    assert list(told) == titles
-    for title, script in zip(titles, SCRIPTS.values(), strict=True):
-        assert [row[:3] for row in told[title]] == [
-            (name, protocol.known["pairs"], protocol.known["labels"]) for name, protocol in script.PROTOCOLS.items()
-        ]
-        for row, protocol in zip(told[title], script.PROTOCOLS.values(), strict=True):
-            assert title == "MS COCO" or row[3] == words_of_methods(protocol.papers)
-
-
-PERMUTED = {"dcmht": (1814, 5000, 10000), "mith": (1, 5000, 10000)}
-MITHS_OWN = {"mirflickr25k": (1, 2000, 10000), "nuswide": (1, 2100, 10500)}
-
-
-@pytest.mark.parametrize("name", ["mirflickr25k", "nuswide", "coco"])
-def test_configs_deal_pairs_out_as_the_papers_of_their_protocol(name: str) -> None:
-    tried = 0
-    for protocol, split in PERMUTED.items():
-        for method in words_of_methods(SCRIPTS[name].PROTOCOLS[protocol].papers) - {"CFRH", "DCMH"}:
-            found = load_config(str(REPOSITORY / f"configs/{method}/{name}.yaml"), []).dataset.split
-            expected = MITHS_OWN.get(name, split) if protocol == "mith" else split
-            assert (found.protocol, found.seed, found.query, found.train) == ("permutation", *expected), method
-            tried += 1
-    assert tried >= 8
