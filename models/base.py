@@ -91,8 +91,11 @@ class HashingModel(nn.Module, ABC):
         Called over the whole split before training, and again when a run goes on, with those of `rememberable_fields`
         that are the same in every epoch; the batches of training steps then lack them. Batches are those of the first
         epoch wherever the run stands, so what is kept is the same to the last bit. It is no part of the checkpoint.
+
+        Raises:
+            UserError: If the method names such fields and does not define this.
         """
-        raise NotImplementedError(f"{type(self).__name__} names rememberable_fields, so it must define remember")
+        raise UserError(f"{type(self).__name__} names rememberable_fields, so it must define remember")
 
     @abstractmethod
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:

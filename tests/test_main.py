@@ -186,6 +186,11 @@ def test_a_method_from_outside_trains(tmp_path: Path, tiny_overrides: list[str])
 MODULES = "model.name: the Config of Toy is no schema of a model; derive it from ModelConfig"
 GROUPS = '{"main": {"all": list(self.parameters())}}'
 UNTRAINED = "self.unused, self.heads = nn.Linear(2, 3), [nn.Linear(2, 3), nn.Linear(2, 3)]\n        "
+REMEMBERED = """    @property
+    def rememberable_fields(self):
+        return frozenset({"labels"})
+
+    def encode_image"""
 BANK = "self.bank = torch.zeros(3, 16)\n        self.image"
 LAZY = """if not hasattr(self, "bank"):
             self.register_buffer("bank", torch.zeros(16))
@@ -211,6 +216,7 @@ EXTRA = 'def get_extra_state(self) -> dict:\n        return {"seen": 3}\n\n    d
         ("list(self.parameters())", "[self.image.weight]", "Toy.param_groups leaves out 3 trainable parameters"),
         ("1.0, -1.0)", "1.0, -1.0) > 0", "Toy.encode_image returned torch.bool; codes are a float32 tensor"),
         ("1.0, -1.0)", "1.0, -1.0).numpy()", "Toy.encode_image returned a ndarray; codes are"),
+        ("    def encode_image", REMEMBERED, "Toy names rememberable_fields, so it must define remember"),
         ("labels = gather", LAZY, "Toy: bank of its state was nothing and is now [16] torch.float32, so that no"),
         ("self.image", BUFFER, "Toy: rows of its state has several places for one number"),
     ],

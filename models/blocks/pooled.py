@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.losses import full_precision
 from common.types import Batch, DataInfo, Progress, StepOutput
 from models.base import ClipHashingModel, ClipModelConfig
@@ -38,8 +39,11 @@ class PooledHashingModel(ClipHashingModel):
 
         Returns:
             Loss, and its terms without their weights.
+
+        Raises:
+            UserError: If the method defines neither this nor a `training_step`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no training_step of its own, so it must define objective")
+        raise UserError(f"{type(self).__name__} has no training_step of its own, so it must define objective")
 
     def gathered_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """CLIP's pooled features of pictures and of texts, rows of the global batch, [B, E] each.
